@@ -1,0 +1,1 @@
+"""Interactive debugger and visual inspector for quantized ONNX models."""
