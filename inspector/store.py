@@ -1,0 +1,781 @@
+"""Workspaces on disk: models and feeds by content, pairs, runs and what was computed for them.
+
+One folder holds everything, and the web process and its worker use it at the same time. So there
+is no index in memory and no lock: a file or folder is completed under a private name in
+`temporary/` and then renamed into place, which either happened or did not. What cannot be read
+(another program's file, a damaged disk) is left out of the lists and named by
+`Workspace.unreadable`.
+
+    models/<sha256>/<file>          private copies of uploaded models
+    feeds/<sha256>/<files>          private copies of uploaded feeds
+    pairs/<id>/pair.json            a float and a quantized model, and the feeds they are run on
+    pairs/<id>/draft.json           exclusions ticked but not applied yet
+    runs/<id>/run.json              a recipe, an exclusion list and the headline of what they gave
+    runs/<id>/comparison.json       the whole comparison
+    runs/<id>/<model file>          the quantized model this run made
+    runs/<id>/details/<hash>.json   what was computed later, on request
+    current.json                    the pair on screen
+    cache/                          what can be computed again
+    temporary/                      unfinished; entries older than a day are removed
+
+Paths inside the folder are kept relative to it: it can be moved. The web process imports this
+file, so it needs neither ONNX nor its runtime.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, Self, TypeVar
+
+import platformdirs
+
+from inspector.errors import ReportError
+
+BLOCK_BYTES = 1 << 20
+TEMPORARY_SECONDS = 24 * 3600
+FEED_KINDS = ("path", "stored", "random")
+
+_ID = re.compile(r"[0-9a-f-]{1,64}")
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
+# Where records hold paths that may lie inside the workspace.
+_PLACES = ("float_model", "quantized_model", "model", "inputs", "calibration")
+
+_Record = TypeVar("_Record", "PairRecord", "RunRecord")
+
+
+def default_root() -> Path:
+    """`$QUANT_INSPECTOR_DATA` where it is set, else this user's cache folder."""
+    chosen = os.environ.get("QUANT_INSPECTOR_DATA")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    return platformdirs.user_cache_path("quant-inspector", appauthor=False)
+
+
+def new_id() -> str:
+    """A fresh id for a pair or a run."""
+    return uuid.uuid4().hex
+
+
+def utc_now() -> str:
+    """The time as the records write it: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+# Records.
+
+
+def _unreadable(where: str, why: str) -> ReportError:
+    return ReportError(
+        f"{where} is not a readable record: {why}",
+        hint="Delete this entry from the workspace's folder and load the models again.",
+    )
+
+
+class _Fields:
+    """The checked fields of one JSON object; anything unexpected raises ReportError."""
+
+    def __init__(self, data: Any, where: str) -> None:
+        if not isinstance(data, dict):
+            raise _unreadable(where, f"it holds {_shown(data)}, expected an object")
+        self._data = data
+        self._where = where
+
+    def _get(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:
+        if key not in self._data:
+            raise _unreadable(self._where, f"{key} is missing")
+        value = self._data[key]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            self.refuse(key, expected)
+        return value
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        raise _unreadable(self._where, f"{key} is {_shown(self._data[key])}, expected {expected}")
+
+    def is_null(self, key: str) -> bool:
+        return key in self._data and self._data[key] is None
+
+    def text(self, key: str) -> str:
+        return str(self._get(key, str, "text"))
+
+    def integer(self, key: str) -> int:
+        return int(self._get(key, int, "a whole number"))
+
+    def number(self, key: str) -> float:
+        return float(self._get(key, (int, float), "a number"))
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        return dict(self._get(key, dict, "an object"))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self._get(key, (list, tuple), "a list of texts")
+        if not all(isinstance(value, str) for value in values):
+            self.refuse(key, "a list of texts")
+        return tuple(values)
+
+    def mappings(self, key: str) -> tuple[dict[str, Any], ...]:
+        values = self._get(key, (list, tuple), "a list of objects")
+        if not all(isinstance(value, dict) for value in values):
+            self.refuse(key, "a list of objects")
+        return tuple(values)
+
+    def id(self, key: str) -> str:
+        value = self.text(key)
+        if not _ID.fullmatch(value):
+            self.refuse(key, "an id of the characters 0-9, a-f and -")
+        return value
+
+    def time(self, key: str) -> str:
+        value = self.text(key)
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            self.refuse(key, "an ISO 8601 time")
+        return value
+
+    def model(self, key: str) -> StoredModel:
+        return StoredModel.from_json(self.mapping(key), where=f"{key} of {self._where}")
+
+    def feeds(self, key: str) -> FeedSource:
+        return FeedSource.from_json(self.mapping(key), where=f"{key} of {self._where}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredModel:
+    """A model file that belongs to a workspace.
+
+    Attributes:
+        name: the file's name.
+        sha256: of the file's bytes; followed by those of its external data once a reader that
+            knows their order has set it.
+        size_bytes: the file and its external data.
+        path: absolute; a private copy in the workspace, or the user's own file in local mode.
+    """
+
+    name: str
+    sha256: str
+    size_bytes: int
+    path: Path
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path)}
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the model") -> Self:
+        """The record in a JSON object.
+
+        Raises:
+            ReportError: a field is missing or of another type; `where` names the object.
+        """
+        fields = _Fields(data, where)
+        return cls(
+            name=fields.text("name"),
+            sha256=fields.text("sha256"),
+            size_bytes=fields.integer("size_bytes"),
+            path=Path(fields.text("path")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeedSource:
+    """Where feeds come from.
+
+    Attributes:
+        kind: ``"path"`` (the user's file or folder), ``"stored"`` (a private copy) or ``"random"``.
+        path: of the file or folder; ``""`` for random feeds.
+        preprocess: how pictures become tensors; None where the feeds are tensors already.
+        samples: how many to use; None for all.
+        seed: of random feeds.
+        title: as shown.
+    """
+
+    kind: str
+    path: str = ""
+    preprocess: dict[str, Any] | None = None
+    samples: int | None = None
+    seed: int = 0
+    title: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the feed source") -> Self:
+        """The record in a JSON object.
+
+        Raises:
+            ReportError: a field is missing or of another type; `where` names the object.
+        """
+        fields = _Fields(data, where)
+        if fields.text("kind") not in FEED_KINDS:
+            fields.refuse("kind", f"one of {', '.join(FEED_KINDS)}")
+        return cls(
+            kind=fields.text("kind"),
+            path=fields.text("path"),
+            preprocess=None if fields.is_null("preprocess") else fields.mapping("preprocess"),
+            samples=None if fields.is_null("samples") else fields.integer("samples"),
+            seed=fields.integer("seed"),
+            title=fields.text("title"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairRecord:
+    """A float and a quantized model that were loaded together.
+
+    Attributes:
+        quantized_model: None where only a float model was given.
+        inputs: what the comparison runs on.
+        calibration: what ranges are observed on; None for the first half of `inputs`.
+        created: ISO 8601, UTC.
+    """
+
+    id: str
+    title: str
+    float_model: StoredModel
+    quantized_model: StoredModel | None
+    inputs: FeedSource
+    calibration: FeedSource | None
+    created: str
+
+    def to_json(self) -> dict[str, Any]:
+        quantized, calibration = self.quantized_model, self.calibration
+        return {
+            "id": self.id,
+            "title": self.title,
+            "float_model": self.float_model.to_json(),
+            "quantized_model": None if quantized is None else quantized.to_json(),
+            "inputs": self.inputs.to_json(),
+            "calibration": None if calibration is None else calibration.to_json(),
+            "created": self.created,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the pair") -> Self:
+        """The record in a JSON object.
+
+        Raises:
+            ReportError: a field is missing or of another type; `where` names the object.
+        """
+        fields = _Fields(data, where)
+        return cls(
+            id=fields.id("id"),
+            title=fields.text("title"),
+            float_model=fields.model("float_model"),
+            quantized_model=(
+                None if fields.is_null("quantized_model") else fields.model("quantized_model")
+            ),
+            inputs=fields.feeds("inputs"),
+            calibration=None if fields.is_null("calibration") else fields.feeds("calibration"),
+            created=fields.time("created"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """A recipe plus an exclusion list, and what they gave.
+
+    Attributes:
+        number: 0 is the loaded file.
+        recipe: options of the quantizer, spelled as on the command line.
+        exclusions: names of nodes in the float file.
+        model: the quantized model.
+        created: ISO 8601, UTC.
+        parent: id of the run this one was changed from.
+        seconds: how long it took.
+        summary: headline numbers; non-finite ones as strings.
+        effects: what each exclusion really changed.
+    """
+
+    id: str
+    pair_id: str
+    number: int
+    title: str
+    recipe: dict[str, Any]
+    exclusions: tuple[str, ...]
+    model: StoredModel
+    created: str
+    parent: str | None
+    seconds: float
+    summary: dict[str, Any]
+    effects: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "model": self.model.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the run") -> Self:
+        """The record in a JSON object.
+
+        Raises:
+            ReportError: a field is missing or of another type; `where` names the object.
+        """
+        fields = _Fields(data, where)
+        return cls(
+            id=fields.id("id"),
+            pair_id=fields.id("pair_id"),
+            number=fields.integer("number"),
+            title=fields.text("title"),
+            recipe=fields.mapping("recipe"),
+            exclusions=fields.texts("exclusions"),
+            model=fields.model("model"),
+            created=fields.time("created"),
+            parent=None if fields.is_null("parent") else fields.id("parent"),
+            seconds=fields.number("seconds"),
+            summary=fields.mapping("summary"),
+            effects=fields.mappings("effects"),
+            notes=fields.texts("notes"),
+        )
+
+
+# Files.
+
+
+def safe_name(name: str) -> str:
+    """A file name without path parts, control characters or leading dots, at most 200 bytes.
+
+    Spaces and letters of any script stay: a model finds its external data by name.
+    """
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    last = _UNSAFE.sub("_", last).strip(". ")
+    stem, dot, suffix = last.rpartition(".")
+    if not dot:
+        stem, suffix = last, ""
+    ending = (dot + suffix).encode("utf-8", "replace")[:40]
+    kept = stem.encode("utf-8", "replace")[: 200 - len(ending)] + ending
+    return kept.decode("utf-8", "ignore") or "file"
+
+
+def _safe_path(name: str) -> Path:
+    """A relative path whose parts are all safe names; it never leaves the folder it is put in."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part.strip(". ")]
+    return Path(*(safe_name(part) for part in parts or [name]))
+
+
+@contextmanager
+def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
+    if not isinstance(source, Path):
+        if source.seekable():
+            source.seek(0)
+        yield source
+        return
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise ReportError(
+            f"{source} cannot be read: {error.strerror}",
+            hint="Check the path, its spelling and its permissions.",
+        ) from error
+    with reader:
+        yield reader
+
+
+def _copy(source: Path | BinaryIO, target: Path) -> tuple[str, int]:
+    """The sha256 and size of what was copied; an open file is read from its start."""
+    digest, size = hashlib.sha256(), 0
+    with _opened(source) as reader, target.open("xb") as writer:
+        while block := reader.read(BLOCK_BYTES):
+            writer.write(block)
+            digest.update(block)
+            size += len(block)
+        _sync(writer)
+    return digest.hexdigest(), size
+
+
+def _sync(writer: BufferedWriter) -> None:
+    writer.flush()
+    os.fsync(writer.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file = f" ({error.filename})" if error.filename else ""
+        raise ReportError(
+            f"{what} cannot be stored: {error.strerror or error}{file}",
+            hint="Free disk space or set QUANT_INSPECTOR_DATA to a folder you may write to.",
+        ) from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is not JSON")
+
+
+class Workspace:
+    """Everything one user loaded and computed, in one folder.
+
+    Attributes:
+        root: the folder; made when it does not exist.
+        cache: a folder for what can be computed again.
+
+    Raises:
+        ReportError: an id that does not exist, an entry that cannot be read, or a folder that
+            cannot be written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self.cache = self.root / "cache"
+        with _writing("the workspace"):
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in ("cache", "temporary", "models", "feeds", "pairs", "runs"):
+                (self.root / name).mkdir(exist_ok=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what processes that were killed left behind."""
+        for entry in (self.root / "temporary").iterdir():
+            try:
+                old = time.time() - entry.stat().st_mtime > TEMPORARY_SECONDS
+            except FileNotFoundError:  # its owner has finished meanwhile
+                continue
+            if old and entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif old:
+                entry.unlink(missing_ok=True)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A private folder on the workspace's own disk, removed at the end."""
+        folder = self.root / "temporary" / new_id()
+        with _writing("a temporary folder"):
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # Models and feeds.
+
+    def add_model(self, source: Path | BinaryIO, name: str) -> StoredModel:
+        """A private copy of a model without external data, kept by its sha256.
+
+        Args:
+            source: a file's path, or an open binary file (read from its start, in blocks).
+            name: as the user calls the file; only its last part is used.
+        """
+        name = safe_name(name)
+        with self.scratch() as scratch, _writing(name):
+            sha256, size = _copy(source, scratch / name)
+            path = self.root / "models" / sha256 / name
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                self._publish(scratch / name, path)
+        return StoredModel(name=name, sha256=sha256, size_bytes=size, path=path)
+
+    def add_model_files(self, files: Mapping[str, Path | BinaryIO], main: str) -> StoredModel:
+        """A private copy of a model with its external data, kept by their contents and names.
+
+        The record's `sha256` is that of the main file alone: the order of the external data is
+        known only to who reads the model.
+
+        Args:
+            files: sources by name, relative to the model's folder.
+            main: the key of the model file in `files`.
+        """
+        if main not in files:
+            raise ValueError(f"{main!r} is not one of the files: {', '.join(files)}")
+        folder, digests = self._add_folder("models", files)
+        return StoredModel(
+            name=safe_name(main),
+            sha256=digests[main][0],
+            size_bytes=sum(size for _, size in digests.values()),
+            path=folder / _safe_path(main),
+        )
+
+    def add_feeds(self, files: Mapping[str, Path | BinaryIO]) -> Path:
+        """The folder that holds private copies of the files, kept by their contents and names.
+
+        Args:
+            files: sources by name. Sub-folders (``test_data_set_0/input_0.pb``) are kept; a name
+                cannot lead out of the folder.
+        """
+        return self._add_folder("feeds", files)[0]
+
+    def _add_folder(
+        self, kind: str, files: Mapping[str, Path | BinaryIO]
+    ) -> tuple[Path, dict[str, tuple[str, int]]]:
+        if not files:
+            raise ValueError("no files were given")
+        digests: dict[str, tuple[str, int]] = {}
+        contents: dict[str, str] = {}
+        with self.scratch() as scratch:
+            made = scratch / "files"
+            for name, source in files.items():
+                target = _safe_path(name)
+                with _writing(name):
+                    (made / target).parent.mkdir(parents=True, exist_ok=True)
+                    if (made / target).exists():
+                        raise ReportError(
+                            f"two of the files are called {target.as_posix()}",
+                            hint="Rename one of them.",
+                        )
+                    digests[name] = _copy(source, made / target)
+                contents[target.as_posix()] = digests[name][0]
+            key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+            folder = self.root / kind / key
+            with _writing(f"{len(files)} files"):
+                self._publish(made, folder, same_content=True)
+        return folder, digests
+
+    def _publish(self, made: Path, target: Path, *, same_content: bool = False) -> None:
+        """Renames a finished file or folder into place.
+
+        A folder that is there already stays; it counts as this one where names follow content.
+        """
+        for folder in (made, *made.rglob("*")):
+            if folder.is_dir():
+                _sync_folder(folder)
+        try:
+            os.replace(made, target)
+        except OSError:
+            if not (same_content and target.is_dir()):
+                raise
+        _sync_folder(target.parent)
+
+    # Pairs.
+
+    def save_pair(self, pair: PairRecord) -> None:
+        """Saves a pair, or replaces the one of the same id."""
+        path = self._file("pair", pair.id)
+        with _writing(f"pair {pair.id}"):
+            path.parent.mkdir(exist_ok=True)
+        self._write_json(path, self._portable(pair.to_json()))
+
+    def pair(self, pair_id: str) -> PairRecord:
+        return self._record(PairRecord, self._existing("pair", pair_id))
+
+    def pairs(self) -> tuple[PairRecord, ...]:
+        """All readable pairs, newest first."""
+        found, _ = self._listed(PairRecord, "pair")
+        return tuple(sorted(found, key=lambda pair: (pair.created, pair.id), reverse=True))
+
+    def draft(self, pair_id: str) -> dict[str, Any]:
+        """What was ticked but not applied; empty where nothing was."""
+        return self._optional(self._existing("pair", pair_id).with_name("draft.json")) or {}
+
+    def save_draft(self, pair_id: str, draft: Mapping[str, Any]) -> None:
+        self._write_json(self._existing("pair", pair_id).with_name("draft.json"), dict(draft))
+
+    def current_pair(self) -> str | None:
+        """The id of the pair on screen; None where none was chosen or it is gone."""
+        data = self._optional(self.root / "current.json") or {}
+        pair_id = data.get("pair_id")
+        if not isinstance(pair_id, str) or not _ID.fullmatch(pair_id):
+            return None
+        return pair_id if self._file("pair", pair_id).is_file() else None
+
+    def set_current_pair(self, pair_id: str) -> None:
+        self._existing("pair", pair_id)
+        self._write_json(self.root / "current.json", {"pair_id": pair_id})
+
+    # Runs.
+
+    def save_run(
+        self,
+        run: RunRecord,
+        comparison: Mapping[str, Any],
+        model_file: Path | None = None,
+        *,
+        external_data: Sequence[Path] = (),
+    ) -> RunRecord:
+        """The run as saved, which happens all at once or not at all.
+
+        Args:
+            run: of an id that is not in use; its pair was saved before.
+            comparison: strict JSON.
+            model_file: the quantized model, copied into the run's folder; the returned record's
+                `model.path` points there. None leaves `run.model.path` as it is.
+            external_data: files beside `model_file` that belong to it.
+        """
+        path = self._file("run", run.id)
+        if path.exists():
+            raise ReportError(
+                f"there is a run {run.id} already", hint="Save the run under a new id."
+            )
+        self._existing("pair", run.pair_id)
+        with self.scratch() as scratch, _writing(f"run {run.id}"):
+            made = scratch / run.id
+            (made / "details").mkdir(parents=True)
+            if model_file is not None:
+                name = safe_name(run.model.name)
+                if name in ("run.json", "comparison.json", "details"):
+                    name = f"{name}.onnx"
+                _copy(model_file, made / name)
+                for file in external_data:
+                    _copy(file, made / file.name)
+                run = replace(run, model=replace(run.model, path=path.parent / name))
+            self._write_json(made / "run.json", self._portable(run.to_json()))
+            self._write_json(made / "comparison.json", dict(comparison))
+            self._publish(made, path.parent)
+        return run
+
+    def run(self, run_id: str) -> RunRecord:
+        return self._record(RunRecord, self._existing("run", run_id))
+
+    def runs(self, pair_id: str) -> tuple[RunRecord, ...]:
+        """The readable runs of a pair by number."""
+        self._existing("pair", pair_id)
+        found, _ = self._listed(RunRecord, "run")
+        mine = (run for run in found if run.pair_id == pair_id)
+        return tuple(sorted(mine, key=lambda run: (run.number, run.created)))
+
+    def comparison(self, run_id: str) -> dict[str, Any]:
+        return self._read_json(self._existing("run", run_id).with_name("comparison.json"))
+
+    def run_folder(self, run_id: str) -> Path:
+        return self._existing("run", run_id).parent
+
+    def delete_run(self, run_id: str) -> None:
+        """Removes a run with its model; its files vanish all at once."""
+        folder = self.run_folder(run_id)
+        with self.scratch() as scratch, _writing(f"the removal of run {run_id}"):
+            os.replace(folder, scratch / run_id)
+
+    def detail(self, run_id: str, key: str) -> dict[str, Any] | None:
+        """What `write_detail` kept under this key; None where it has to be computed."""
+        kept = self._optional(self._detail_file(run_id, key))
+        if kept is None or kept.get("key") != key or not isinstance(kept.get("detail"), dict):
+            return None
+        return dict(kept["detail"])
+
+    def write_detail(self, run_id: str, key: str, detail: Mapping[str, Any]) -> None:
+        """Keeps what was computed for a run.
+
+        Args:
+            key: any text, e.g. with a tensor's name in it.
+            detail: strict JSON.
+        """
+        self._write_json(self._detail_file(run_id, key), {"key": key, "detail": dict(detail)})
+
+    def _detail_file(self, run_id: str, key: str) -> Path:
+        name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+        return self.run_folder(run_id) / "details" / f"{name}.json"
+
+    def unreadable(self) -> tuple[ReportError, ...]:
+        """Why each entry that the lists leave out cannot be read."""
+        return (*self._listed(PairRecord, "pair")[1], *self._listed(RunRecord, "run")[1])
+
+    # Records and JSON on disk.
+
+    def _file(self, kind: str, entry_id: str) -> Path:
+        if not _ID.fullmatch(entry_id):
+            raise ReportError(
+                f"{_shown(entry_id)} is not the id of a {kind}, expected the characters "
+                "0-9, a-f and -",
+                hint="Open the page from its link or choose an entry from the list.",
+            )
+        return self.root / f"{kind}s" / entry_id / f"{kind}.json"
+
+    def _existing(self, kind: str, entry_id: str) -> Path:
+        path = self._file(kind, entry_id)
+        if not path.is_file():
+            raise ReportError(
+                f"there is no {kind} {entry_id} in this workspace",
+                hint="Choose another from the list, or load the models again.",
+            )
+        return path
+
+    def _listed(self, kind: type[_Record], name: str) -> tuple[list[_Record], list[ReportError]]:
+        records, refused = [], []
+        for folder in sorted((self.root / f"{name}s").iterdir()):
+            try:
+                records.append(self._record(kind, folder / f"{name}.json"))
+            except ReportError as error:
+                refused.append(error)
+        return records, refused
+
+    def _record(self, kind: type[_Record], path: Path) -> _Record:
+        where = path.relative_to(self.root).as_posix()
+        record = kind.from_json(self._local(self._read_json(path)), where=where)
+        if record.id != path.parent.name:
+            raise _unreadable(where, f"id is {record.id}, expected its folder's name")
+        return record
+
+    def _portable(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The record with paths inside the workspace relative to it."""
+
+        def relative(path: str) -> str:
+            inside = Path(path).is_relative_to(self.root)
+            return Path(path).relative_to(self.root).as_posix() if inside else path
+
+        return _with_paths(data, relative)
+
+    def _local(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `_portable`."""
+        return _with_paths(data, lambda path: str(self.root / path) if path else path)
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        where = path.relative_to(self.root).as_posix()
+        try:
+            data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        except OSError as error:
+            raise _unreadable(where, error.strerror or str(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(where, str(error)) from error
+        if not isinstance(data, dict):
+            raise _unreadable(where, f"it holds {_shown(data)}, expected an object")
+        return data
+
+    def _optional(self, path: Path) -> dict[str, Any] | None:
+        """The object in a file whose loss costs little; None where it is missing or unreadable."""
+        try:
+            return self._read_json(path)
+        except ReportError:
+            return None
+
+    def _write_json(self, path: Path, data: Mapping[str, Any]) -> None:
+        try:
+            text = json.dumps(data, allow_nan=False)
+        except ValueError as error:
+            raise ReportError(
+                f"{path.name} would hold NaN or infinity: {error}",
+                hint='Write non-finite numbers as "NaN", "Infinity" or "-Infinity".',
+            ) from error
+        temporary = self.root / "temporary" / new_id()
+        with _writing(path.name):
+            try:
+                with temporary.open("xb") as writer:
+                    writer.write(text.encode("ascii"))
+                    _sync(writer)
+                os.replace(temporary, path)
+                _sync_folder(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _with_paths(data: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    changed = dict(data)
+    for place in _PLACES:
+        part = data.get(place)
+        if isinstance(part, dict) and isinstance(part.get("path"), str):
+            changed[place] = {**part, "path": change(part["path"])}
+    return changed
