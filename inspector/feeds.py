@@ -953,10 +953,7 @@ def _labels(
 
 def _read_json(path: Path, what: str) -> Any:
     with _readable(path.name, what, "Write it as JSON, e.g. with json.dump."):
-        try:
-            return json.loads(path.read_text("utf-8-sig"))
-        except RecursionError as error:
-            raise ValueError("it is nested too deeply") from error
+        return json.loads(path.read_text("utf-8-sig"))
 
 
 def _json_kind(value: Any) -> str:
@@ -1237,7 +1234,7 @@ class Preprocess:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+                near = difflib.get_close_matches(name, ["preset", *known], n=3, cutoff=0.0)
                 raise FeedError(
                     f"preprocess has the unknown field {name!r}; nearest are {_listed(near)}",
                     hint=f"Use only preset, {', '.join(known)}.",
@@ -1316,12 +1313,7 @@ class Preprocess:
             cover = (wide, max(tall, wide * image.height // image.width))
         across, down = image.width / cover[0], image.height / cover[1]
         left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
-        box = (
-            left * across,
-            top * down,
-            min(image.width, (left + width) * across),
-            min(image.height, (top + height) * down),
-        )
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
         return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 

@@ -1,0 +1,696 @@
+"""What the figures hold: names, numbers and sentences, not pixels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inspector import figures
+from inspector.compare import (
+    ActivationError,
+    Comparison,
+    ModelFile,
+    OutputError,
+    SliceError,
+)
+
+INF, NAN = math.inf, math.nan
+
+
+def activation(
+    name: str,
+    accumulated: float,
+    local: float | None = 40.0,
+    *,
+    depth: int = 0,
+    node: str | None = None,
+    nonfinite: tuple[int, int] = (0, 0),
+) -> ActivationError:
+    return ActivationError(
+        name=name,
+        node=f"/{name}/Conv" if node is None else node,
+        op_type="Conv",
+        depth=depth,
+        quantized_name=f"{name}_dequantized",
+        dtype="int8",
+        shape=(1, 8, 4, 4),
+        scale=0.1,
+        zero_point=0,
+        local_sqnr_db=local,
+        accumulated_sqnr_db=accumulated,
+        worst_channel_sqnr_db=accumulated,
+        median_channel_sqnr_db=accumulated,
+        worst_channel=0,
+        channel_axis=1,
+        channel_sqnr_db=(accumulated,),
+        channel_low=(-1.0,),
+        channel_high=(1.0,),
+        slices=(),
+        cosine_similarity=1.0,
+        mse=0.0,
+        max_abs_error=0.0,
+        saturated_fraction=0.0,
+        saturated_low_fraction=0.0,
+        saturated_high_fraction=0.0,
+        observed_low=-1.0,
+        observed_high=1.0,
+        representable_low=-1.0,
+        representable_high=1.0,
+        nonfinite_float=nonfinite[0],
+        nonfinite_quantized=nonfinite[1],
+        is_output=False,
+        matched_by="name",
+    )
+
+
+def output(name: str, sqnr_db: float, per_sample: tuple[float, ...] = ()) -> OutputError:
+    ordered = sorted(per_sample, key=lambda v: -INF if math.isnan(v) else v)
+    return OutputError(
+        name=name,
+        sqnr_db=sqnr_db,
+        deployed_sqnr_db=sqnr_db,
+        seen_sqnr_db=None,
+        unseen_sqnr_db=None,
+        worst_channel_sqnr_db=sqnr_db,
+        median_channel_sqnr_db=sqnr_db,
+        worst_channel=0,
+        channel_axis=1,
+        channel_sqnr_db=(sqnr_db,),
+        slices=(),
+        median_sample_sqnr_db=ordered[(len(ordered) - 1) // 2] if ordered else NAN,
+        worst_sample_sqnr_db=ordered[0] if ordered else NAN,
+        worst_sample="worst.npz" if ordered else "",
+        per_sample_sqnr_db=per_sample,
+        cosine_similarity=1.0,
+        max_abs_error=0.0,
+        deployed_differs=False,
+    )
+
+
+def comparison(
+    activations: list[ActivationError], outputs: list[OutputError] | None = None
+) -> Comparison:
+    file = ModelFile(path="m.onnx", sha256="0" * 64, size_bytes=1, quant_format="float")
+    return Comparison(
+        float_model=file,
+        quantized_model=file,
+        samples=3,
+        sample_names=("a", "b", "c"),
+        random_feeds=False,
+        seen="unknown",
+        weights=(),
+        activations=tuple(activations),
+        outputs=tuple(outputs or ()),
+        unmatched=(),
+        task=None,
+        latency=None,
+        warnings=(),
+    )
+
+
+def series(*accumulated: float) -> list[ActivationError]:
+    return [activation(f"t{i}", db, depth=i) for i, db in enumerate(accumulated)]
+
+
+def detail(values: Any = None, **changes: Any) -> dict[str, Any]:
+    """A tensor's detail as the workbench writes it, clipped at -1 and 1."""
+    x = np.random.default_rng(0).normal(0, 0.5, 5000) if values is None else np.asarray(values)
+    scale = 2 / 255
+    q = np.clip(np.rint(x / scale), -127, 128) * scale
+    edges, error_edges = np.linspace(-1.5, 1.5, 61), np.linspace(-2, 2, 81)
+    error = (q - x) / scale
+    record = {
+        "tensor": "/head/conv",
+        "node": "/head/Conv",
+        "kind": "activation",
+        "dtype": "int8",
+        "scale": scale,
+        "zero_point": 0,
+        "edges": edges.tolist(),
+        "float_counts": np.histogram(x, edges)[0].tolist(),
+        "quantized_counts": np.histogram(q, edges)[0].tolist(),
+        "float_below": int((x < -1.5).sum()),
+        "float_above": int((x > 1.5).sum()),
+        "error_edges": error_edges.tolist(),
+        "error_counts": np.histogram(error, error_edges)[0].tolist(),
+        "error_below": int((error < -2).sum()),
+        "error_above": int((error > 2).sum()),
+        "error_unit": "steps",
+        "map_float_edges": edges.tolist(),
+        "map_quantized_edges": edges.tolist(),
+        "map_counts": np.histogram2d(x, q, [edges, edges])[0].astype(int).tolist(),
+        "representable": [-127 * scale, 128 * scale],
+        "saturated": [
+            float((x < -1).sum()) / max(x.size, 1),
+            float((x > 1).sum()) / max(x.size, 1),
+        ],
+        "count": int(x.size),
+        "nonfinite": 0,
+    }
+    return record | changes
+
+
+def trace(figure: Any, name: str, *, drawn: bool = False) -> Any:
+    """The trace of that name that carries numbers (or the one that is only drawn)."""
+    return next(t for t in figure.data if t.name == name and (t.meta == "decoration") == drawn)
+
+
+def rows(figure: Any) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(figures.figure_csv(figure))))
+
+
+def title(figure: Any) -> str:
+    return str(figure.layout.title.text)
+
+
+def labels(figure: Any) -> list[str]:
+    return [a.text for a in figure.layout.annotations]
+
+
+def y_tick(figure: Any, text: str) -> float:
+    axis = figure.layout.yaxis
+    return float(axis.tickvals[list(axis.ticktext).index(text)])
+
+
+# --- colours, words, frame -----------------------------------------------------------------------
+
+
+def _luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: str, b: str) -> float:
+    light, dark = sorted((_luminance(a), _luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_an_error_colour_changes_exactly_at_its_steps() -> None:
+    neighbours = pairwise(figures.ERROR_COLORS)
+    for step, (worse, better) in zip(figures.ERROR_STEPS, neighbours, strict=True):
+        assert figures.error_color(math.nextafter(step, -INF)) == worse
+        assert figures.error_color(step) == better
+
+
+def test_no_signal_and_not_finite_have_the_worst_colour_and_exact_the_best() -> None:
+    assert figures.error_color(-INF) == figures.error_color(NAN) == figures.ERROR_COLORS[0]
+    assert figures.error_color(INF) == figures.ERROR_COLORS[-1]
+    assert figures.error_color(None) == figures.NO_FIGURE_COLOR
+
+
+def test_error_colours_grow_lighter_and_stand_out_on_both_backgrounds() -> None:
+    lightness = [_luminance(c) for c in figures.ERROR_COLORS]
+    assert all(a * 1.25 < b for a, b in pairwise(lightness))
+    for color in figures.ERROR_COLORS:
+        assert _contrast(color, "#ffffff") > 1.6
+        assert _contrast(color, "#0f172a") > 2.4
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_template_is_transparent_and_names_the_two_identities(dark: bool) -> None:
+    layout = figures.template(dark).layout
+    assert layout.paper_bgcolor == layout.plot_bgcolor == "rgba(0,0,0,0)"
+    assert layout.colorway[:2] == (("#94a3b8", "#f59e0b") if dark else ("#475569", "#d97706"))
+    assert figures.template(dark) is figures.template(dark)
+
+
+def test_a_long_name_loses_its_middle_and_keeps_whole_parts() -> None:
+    assert figures.short_name("/backbone/stage4/block2/conv2/Conv") == "/backbone/…/conv2/Conv"
+    assert figures.short_name("conv1") == "conv1"
+    assert figures.short_name("x" * 40, 11) == "xxxxx…xxxxx"
+
+
+@given(st.text(max_size=80), st.integers(6, 60))
+def test_a_short_name_is_never_longer_than_asked(name: str, width: int) -> None:
+    assert len(figures.short_name(name, width)) <= max(width, 3)
+
+
+def test_drawing_loads_nothing_that_runs_models() -> None:
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import inspector.figures, sys; print('onnxruntime' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "False"
+
+
+# --- error by depth ------------------------------------------------------------------------------
+
+
+def test_every_tensor_has_one_mark_that_names_it_in_order() -> None:
+    records = series(45, 44, INF, NAN, 30)
+    figure = figures.error_by_depth(comparison(records))
+    marks = trace(figure, "accumulated")
+    assert list(marks.customdata) == [a.name for a in records]
+    assert list(marks.x) == [0, 1, 2, 3, 4]
+    assert marks.y[0] == 45
+    assert marks.meta["y"][2] == INF
+
+
+def test_an_exact_tensor_lies_on_the_rail_and_the_line_passes_it_over() -> None:
+    figure = figures.error_by_depth(comparison(series(45, INF, 40)))
+    rail = y_tick(figure, "exact")
+    assert rail > 50
+    assert trace(figure, "accumulated").y[1] == rail
+    line = trace(figure, "accumulated", drawn=True)
+    assert list(line.x) == [0, 2]
+    assert list(line.y) == [45, 40]
+
+
+def test_a_tensor_that_is_not_finite_breaks_the_line_and_is_marked_at_the_bottom() -> None:
+    records = [*series(45), activation("bad", NAN, NAN, nonfinite=(0, 3)), *series(30)]
+    figure = figures.error_by_depth(comparison(records))
+    assert trace(figure, "accumulated", drawn=True).y[1] is None
+    marks = trace(figure, "accumulated")
+    assert marks.y[1] == y_tick(figure, "NaN") < 0
+    assert marks.marker.symbol[1] == "x"
+    assert title(figure) == "The values stop being finite at /bad/Conv"
+
+
+def test_what_is_not_finite_in_float_too_is_not_blamed_on_quantization() -> None:
+    records = [*series(45), activation("mask", NAN, nonfinite=(3, 3)), *series(44)]
+    assert "stop being finite" not in title(figures.error_by_depth(comparison(records)))
+
+
+def test_far_values_lie_on_rails_of_their_own_and_do_not_flatten_the_rest() -> None:
+    figure = figures.error_by_depth(comparison(series(150, 45, -60, -INF)))
+    marks = trace(figure, "accumulated")
+    assert marks.y[0] == y_tick(figure, ">80")
+    assert marks.y[2] == marks.y[3] == y_tick(figure, "<−20")
+    assert figure.layout.yaxis.range[1] < 100
+
+
+def test_local_dots_are_only_where_a_tensor_has_its_own_pair() -> None:
+    records = [activation("a", 45, 5.0), activation("b", 44, None), activation("c", 43, 41.0)]
+    dots = trace(figures.error_by_depth(comparison(records)), "local (own Q/DQ)")
+    assert list(dots.customdata) == ["a", "c"]
+    assert list(dots.marker.color) == [figures.ERROR_COLORS[0], figures.ERROR_COLORS[-1]]
+
+
+def test_the_largest_fall_is_the_title_and_is_labelled() -> None:
+    figure = figures.error_by_depth(comparison(series(45, 44, 43, 18, 17, 16)))
+    assert title(figure) == "The largest fall is at /t3/Conv: 43.0 to 18.0 dB"
+    assert labels(figure) == ["/t3/Conv  −25.0 dB"]
+
+
+def test_a_healthy_model_has_no_fall_to_label() -> None:
+    figure = figures.error_by_depth(comparison(series(46, 42, 38, 36, 35)))
+    assert labels(figure) == []
+    assert title(figure) == "No sudden fall: the lowest tensor is /t4/Conv with 35.0 dB"
+
+
+def test_a_bad_branch_is_not_blamed_each_time_the_order_returns_to_it() -> None:
+    figure = figures.error_by_depth(comparison(series(45, 44, 15, 43, 14.5, 42, 14, 41, 13.5)))
+    assert labels(figure) == ["/t2/Conv  −29.0 dB"]
+
+
+def test_with_parents_a_fall_is_measured_from_a_tensors_own_inputs() -> None:
+    records = series(45, 15, 44, 20)
+    parents = {"t1": ["t0"], "t2": ["t0"], "t3": ["t2"]}
+    assert labels(figures.error_by_depth(comparison(records), parents=parents)) == [
+        "/t1/Conv  −30.0 dB",
+        "/t3/Conv  −24.0 dB",
+    ]
+    assert labels(figures.error_by_depth(comparison(records))) == ["/t1/Conv  −30.0 dB"]
+
+
+def test_labels_never_overlap_in_a_narrow_or_a_wide_figure() -> None:
+    spots = [
+        figures._Spot(x=0.5 + 0.01 * i, y=100.0, text="/a/long/name/Conv  −9.9 dB")
+        for i in range(4)
+    ]
+    points = np.column_stack([np.linspace(0, 1, 50), np.full(50, 100.0)])
+    places = figures._place_labels(spots, points, [600, 1400], 234)
+    assert sum(p is not None for p in places) >= 3
+    for width in (600, 1400):
+        boxes = []
+        for spot, place in zip(spots, places, strict=True):
+            if place is None:
+                continue
+            wide = figures._LABEL_CHAR_PX * len(spot.text)
+            shift = {"left": 0.0, "right": -wide, "center": -wide / 2}[place[2]]
+            x, y = spot.x * width + place[0] + shift, spot.y + place[1]
+            assert 0 <= x <= width - wide
+            assert 0 <= y <= 234
+            boxes.append((x, y, wide))
+        for i, (x, y, wide) in enumerate(boxes):
+            for x2, y2, wide2 in boxes[:i]:
+                assert x + wide <= x2 or x2 + wide2 <= x or abs(y - y2) >= 14
+
+
+def test_outputs_stand_right_of_all_tensors_with_their_names() -> None:
+    figure = figures.error_by_depth(
+        comparison(series(45, 40), [output("boxes", 38.0), output("scores", 1.2)])
+    )
+    marks = trace(figure, "output")
+    assert list(marks.customdata) == ["boxes", "scores"]
+    assert min(marks.x) > 1
+    assert labels(figure) == ["boxes 38.0 dB", "scores 1.2 dB"]
+
+
+def test_many_outputs_are_all_drawn_and_the_worst_named() -> None:
+    outputs = [output(f"out{i}", 40.0 - i) for i in range(15)]
+    figure = figures.error_by_depth(comparison(series(45, 44), outputs))
+    assert len(trace(figure, "output").x) == 15
+    assert labels(figure) == [f"out{i} {40.0 - i:.1f} dB" for i in range(14, 5, -1)]
+
+
+def test_excluded_nodes_are_violet_ticks_at_the_bottom() -> None:
+    figure = figures.error_by_depth(comparison(series(45, 44, 43)), excluded=["/t1/Conv", "gone"])
+    ticks = trace(figure, "left in float")
+    assert list(ticks.x) == [1]
+    assert list(ticks.customdata) == ["t1"]
+    assert ticks.marker.color == "#7c3aed"
+    assert ticks.y[0] < 0
+
+
+def test_the_selected_tensor_is_ringed_and_an_unknown_one_is_not() -> None:
+    records = comparison(series(45, 44, 43))
+    ring = trace(figures.error_by_depth(records, selected="t1"), "selected", drawn=True)
+    assert list(ring.x) == [1]
+    unknown = figures.error_by_depth(records, selected="no such tensor")
+    assert "selected" not in [t.name for t in unknown.data]
+
+
+def test_hover_tells_node_operator_tensor_and_all_three_figures() -> None:
+    figure = figures.error_by_depth(comparison(series(45, 25)))
+    text = trace(figure, "accumulated").hovertext[1]
+    for part in (
+        "/t1/Conv",
+        "Conv",
+        "tensor t1",
+        "accumulated 25.0 dB",
+        "local 40.0 dB",
+        "20.0 dB",
+    ):
+        assert part in text
+
+
+def test_clicking_a_point_fades_no_other() -> None:
+    marks = trace(figures.error_by_depth(comparison(series(45, 25))), "accumulated")
+    assert marks.unselected.marker.opacity == 1
+
+
+def test_names_are_shown_as_they_are_not_as_markup() -> None:
+    records = [activation("<b>x</b>", 45, node="<i>n</i>"), activation("y", 10, node="<u>m</u>")]
+    figure = figures.error_by_depth(comparison(records, [output("<s>o</s>", 10)]))
+    assert "&lt;u&gt;m&lt;/u&gt;" in title(figure)
+    assert "<u>" not in "".join([title(figure), *labels(figure)])
+    assert trace(figure, "accumulated").customdata[0] == "<b>x</b>"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(
+    "accumulated", [(), (NAN, NAN), (INF, INF), (-INF,), (50.0,), (0.0, -15.0)]
+)
+def test_error_by_depth_draws_whatever_the_figures_are(
+    accumulated: tuple[float, ...], dark: bool
+) -> None:
+    records = comparison(series(*accumulated), [output("o", v) for v in accumulated])
+    figure = figures.error_by_depth(records, selected="t0", excluded=["/t0/Conv"], dark=dark)
+    assert title(figure)
+    json.loads(figure.to_json())
+
+
+def test_two_thousand_tensors_are_drawn_in_order() -> None:
+    rng = np.random.default_rng(0)
+    records = series(*(45 - np.arange(2000) / 100 + rng.normal(0, 1, 2000)).tolist())
+    figure = figures.error_by_depth(comparison(records, [output("o", 20.0)]))
+    assert list(trace(figure, "accumulated").customdata) == [a.name for a in records]
+
+
+def test_a_given_title_replaces_the_derived_one() -> None:
+    figure = figures.error_by_depth(comparison(series(45, 10)), title="Output 14.2 dB < 20 dB")
+    assert title(figure) == "Output 14.2 dB &lt; 20 dB"
+
+
+# --- before and after ----------------------------------------------------------------------------
+
+
+def test_before_and_after_pair_tensors_by_name_and_say_what_changed() -> None:
+    before = comparison(series(45, 20, 19), [output("out", 14.2)])
+    after = comparison(series(45, 35, 33), [output("out", 31.0)])
+    figure = figures.before_after(before, after)
+    assert (
+        title(figure)
+        == "Output out goes from 14.2 dB to 31.0 dB; 2 of 3 tensors are better, 0 worse"
+    )
+    assert list(trace(figure, "before").y) == [45, 20, 19]
+    assert list(trace(figure, "after").y) == [45, 35, 33]
+    assert list(trace(figure, "after").customdata) == ["t0", "t1", "t2"]
+
+
+def test_a_tensor_only_one_side_has_is_drawn_for_that_side() -> None:
+    before, after = comparison(series(45, 20, 19)), comparison(series(45))
+    figure = figures.before_after(before, after)
+    assert list(trace(figure, "before").customdata) == ["t0", "t1", "t2"]
+    assert list(trace(figure, "after").customdata) == ["t0"]
+
+
+@pytest.mark.parametrize("accumulated", [(), (NAN, NAN), (INF, INF), (-INF, 30.0)])
+def test_before_and_after_draws_whatever_the_figures_are(accumulated: tuple[float, ...]) -> None:
+    records = comparison(series(*accumulated), [output("o", v) for v in accumulated])
+    json.loads(figures.before_after(records, records, True).to_json())
+    json.loads(figures.before_after(comparison([]), records).to_json())
+
+
+# --- one tensor ----------------------------------------------------------------------------------
+
+
+def test_a_histogram_holds_both_counts_and_draws_empty_bins_on_the_axis() -> None:
+    record = detail()
+    figure = figures.histogram(record)
+    for name, key in (("float", "float_counts"), ("dequantized", "quantized_counts")):
+        outline = trace(figure, name)
+        assert list(outline.meta["y"]) == record[key]
+        assert list(outline.x) == record["edges"]
+        assert all(y > 0 for y in outline.y)
+    assert figure.layout.yaxis.type == "log"
+    linear = figures.histogram(record, log=False)
+    assert linear.layout.yaxis.type is None
+    assert list(trace(linear, "dequantized").y)[:-1] == record["quantized_counts"]
+
+
+def test_a_histogram_writes_the_clipped_share_at_each_border_and_counts_outliers() -> None:
+    figure = figures.histogram(detail(saturated=[0.0, 0.0312], float_below=0, float_above=1204))
+    assert "from −0.9961: 0 % clipped" in labels(figure)
+    assert "to 1.004: 3.1 % clipped" in labels(figure)
+    assert "1,204 above 1.5 ▶" in labels(figure)
+    assert not any("below" in text for text in labels(figure))
+    assert title(figure).startswith("3.1 % of /head/conv is clipped above")
+    assert [s.x0 for s in figure.layout.shapes] == pytest.approx([-127 * 2 / 255, 128 * 2 / 255])
+
+
+def test_a_tensor_whose_outliers_stretch_the_range_says_how_little_is_used() -> None:
+    values = [*np.linspace(-0.05, 0.05, 9998), -1.0, 1.0]
+    assert title(figures.histogram(detail(values))).startswith("99.9 % of /head/conv lies in 5.0 %")
+
+
+def test_the_integer_grid_is_drawn_below_512_levels_and_not_above() -> None:
+    grid = trace(figures.histogram(detail()), "integer grid", drawn=True)
+    assert len(grid.x) == 256
+    assert 0.0 in grid.x
+    fine = detail(scale=2 / 65535)
+    assert "integer grid" not in [t.name for t in figures.histogram(fine).data]
+
+
+def test_the_integer_grid_lies_on_what_the_integers_mean() -> None:
+    record = detail(scale=0.5, zero_point=3, representable=[-65.5, 62.0])
+    grid = trace(figures.histogram(record), "integer grid", drawn=True)
+    assert list(grid.x) == [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point", "said"),
+    [(None, None, "5,000 values"), ([0.1, 0.02], [0, 0], "2 channel steps, 0.02 to 0.1")],
+)
+def test_without_one_scale_there_is_no_grid_and_this_is_said(
+    scale: Any, zero_point: Any, said: str
+) -> None:
+    limits = None if scale is None else [-1.0, 1.0]
+    figure = figures.histogram(detail(scale=scale, zero_point=zero_point, representable=limits))
+    assert "integer grid" not in [t.name for t in figure.data]
+    assert said in title(figure)
+
+
+def test_an_error_histogram_says_how_much_stays_within_half_a_step() -> None:
+    inside = figures.error_histogram(detail(np.linspace(-0.9, 0.9, 1000)))
+    assert title(inside).startswith("100 % of the errors are within half a step")
+    assert [s.x0 for s in inside.layout.shapes] == [-0.5, 0.5]
+    clipped = figures.error_histogram(detail([0.5] * 90 + [1.4] * 10))
+    assert title(clipped).startswith("90.0 % of the errors are within half a step")
+    assert "10 below −2" in "".join(labels(clipped))
+
+
+def test_without_a_scale_errors_are_in_real_units() -> None:
+    figure = figures.error_histogram(detail(error_unit="real", scale=None))
+    assert "own units" in figure.layout.xaxis.title.text
+    assert not any("step" in text for text in [*labels(figure), title(figure)])
+
+
+def test_a_map_puts_float_across_and_dequantized_up() -> None:
+    counts = [[0, 0], [7, 0]]
+    record = detail(map_float_edges=[0, 1, 2], map_quantized_edges=[0, 1, 2], map_counts=counts)
+    figure = figures.value_map(record)
+    assert rows(figure) == [{"trace": "values", "x": "1.5", "y": "0.5", "z": "7", "text": ""}]
+    assert figure.data[0].z[0][0] is None
+    identity = trace(figure, "identity", drawn=True)
+    assert list(identity.x) == list(identity.y) == [0, 2]
+
+
+def test_a_map_says_how_much_lies_on_the_identity() -> None:
+    assert title(figures.value_map(detail([0.5] * 75 + [1.45] * 25))).startswith(
+        "75.0 % of the values"
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_tensor_without_finite_values_still_gives_every_figure(dark: bool) -> None:
+    zeros = detail(np.empty(0), saturated=[NAN, NAN], nonfinite=12, count=12)
+    bare = {"tensor": "x", "count": 0, "edges": [], "map_counts": [], "scale": None}
+    for record in (zeros, bare):
+        for draw in (figures.histogram, figures.error_histogram, figures.value_map):
+            figure = draw(record, dark=dark)
+            assert title(figure)
+            json.loads(figure.to_json())
+            figures.figure_csv(figure)
+
+
+def test_a_constant_tensor_gives_every_figure() -> None:
+    record = detail(np.zeros(50), edges=[0.0, 0.0], float_counts=[50], quantized_counts=[50])
+    for draw in (figures.histogram, figures.error_histogram, figures.value_map):
+        json.loads(draw(record).to_json())
+
+
+# --- channels, slices, samples -------------------------------------------------------------------
+
+
+def test_channels_are_sorted_worst_first_with_their_ranges() -> None:
+    figure = figures.channels([30.0, 3.2, NAN, INF], [-1, -2, -3, -4], [1, 2, 3, 4], worst=1)
+    bars = trace(figure, "SQNR")
+    assert list(bars.customdata) == [2, 1, 0, 3]
+    assert list(figure.layout.xaxis.ticktext) == ["2", "1", "0", "3"]
+    assert bars.y[3] == y_tick(figure, "exact")
+    assert title(figure).startswith("Channel 1 is worst: 3.2 dB, the median channel 3.2 dB")
+    assert list(trace(figure, "range").y)[:3] == [-3, 3, None]
+    assert list(trace(figure, "range of the worst").y)[:2] == [-2, 2]
+
+
+def test_more_than_64_channels_show_the_worst_32_and_say_so() -> None:
+    sqnr = np.linspace(50, 10, 512)
+    figure = figures.channels(sqnr.tolist(), [], [], worst=511)
+    assert list(trace(figure, "SQNR").customdata) == list(range(511, 479, -1))
+    assert "the worst 32 of 512" in title(figure)
+    assert any(text.startswith("median<br>30.0 dB") for text in labels(figure))
+
+
+def test_a_channel_far_wider_than_the_others_is_named() -> None:
+    figure = figures.channels([30.0, 20.0, 31.0], [-1, -1, -60], [1, 1, 60])
+    assert "channel 2 is 60 times as wide as the median one" in title(figure)
+
+
+@pytest.mark.parametrize("sqnr", [[], [NAN, NAN], [INF, INF, INF], [None, 12.0], [-INF], [30.0]])
+def test_channels_are_drawn_whatever_the_figures_are(sqnr: list[float | None]) -> None:
+    limits = [0.0] * len(sqnr)
+    figure = figures.channels(sqnr, limits, limits, worst=None, axis_name="output", dark=True)
+    assert title(figure)
+    json.loads(figure.to_json())
+    figures.figure_csv(figure)
+
+
+def test_slices_show_the_worst_part_first_and_name_what_drowns_it() -> None:
+    parts = [
+        SliceError(source="boxes", start=0, stop=4, sqnr_db=38.0, absmax=640.0),
+        SliceError(source="scores", start=4, stop=14, sqnr_db=-1.2, absmax=1.0),
+    ]
+    figure = figures.slices(parts)
+    assert title(figure) == "scores arrives at −1.2 dB: boxes is 640 times as large"
+    assert list(figure.layout.yaxis.ticktext) == ["scores [4:14]", "boxes [0:4]"]
+    assert list(trace(figure, "SQNR").x) == [-1.2, 38.0]
+    assert list(trace(figure, "largest |value|").x) == [1.0, 640.0]
+
+
+def test_parts_with_alike_names_stay_apart() -> None:
+    parts = [
+        SliceError(source=f"/neck/stage{i}/some/long/path/Conv_output_0", start=i, stop=i + 1,
+                   sqnr_db=30.0, absmax=1.0)
+        for i in range(3)
+    ]  # fmt: skip
+    ticks = figures.slices(parts).layout.yaxis.ticktext
+    assert len({t.split(" ")[0] for t in ticks}) == 3
+
+
+@pytest.mark.parametrize("sqnr", [[], [NAN], [INF, INF], [-INF, 30.0], [12.0] * 40])
+def test_slices_are_drawn_whatever_the_figures_are(sqnr: list[float]) -> None:
+    parts = [
+        SliceError(source="same", start=i, stop=i + 1, sqnr_db=db, absmax=NAN if i else 0.0)
+        for i, db in enumerate(sqnr)
+    ]
+    figure = figures.slices(parts, True)
+    assert title(figure)
+    json.loads(figure.to_json())
+    assert len(rows(figure)) == 2 * min(len(sqnr), figures.MAX_SLICES)
+
+
+def test_samples_stand_in_feed_order_and_the_worst_is_named() -> None:
+    error = output("out", 14.2, (16.0, 3.1, INF))
+    figure = figures.per_sample(error, sample_names=["a.npz", "b.npz", "c.npz"])
+    dots = trace(figure, "sample")
+    assert list(dots.customdata) == ["a.npz", "b.npz", "c.npz"]
+    assert list(dots.y) == [16.0, 3.1, y_tick(figure, "exact")]
+    assert title(figure) == "out is worst on b.npz: 3.1 dB, median 16.0 dB"
+    assert labels(figure) == ["pooled 14.2 dB", "median 16.0 dB", "b.npz"]
+
+
+@pytest.mark.parametrize("per_sample", [(), (NAN, NAN), (INF, INF), (20.0,), (20.0, 21.0)])
+def test_samples_are_drawn_whatever_the_figures_are(per_sample: tuple[float, ...]) -> None:
+    figure = figures.per_sample(output("out", NAN, per_sample), True)
+    assert title(figure)
+    json.loads(figure.to_json())
+
+
+# --- CSV -----------------------------------------------------------------------------------------
+
+
+def test_csv_holds_every_point_with_its_true_number_also_on_a_rail() -> None:
+    figure = figures.error_by_depth(comparison(series(45.25, INF, NAN), [output("o", -INF)]))
+    table = [(r["trace"], r["x"], r["y"], r["text"]) for r in rows(figure)]
+    assert ("accumulated", "0", "45.25", "t0") in table
+    assert ("accumulated", "1", "Infinity", "t1") in table
+    assert ("accumulated", "2", "NaN", "t2") in table
+    assert [(t, y, n) for t, _, y, n in table if t == "output"] == [("output", "-Infinity", "o")]
+    assert len(table) == 3 + 3 + 1
+
+
+def test_csv_of_a_histogram_holds_bin_centres_and_counts() -> None:
+    record = detail()
+    table = [r for r in rows(figures.histogram(record)) if r["trace"] == "float"]
+    assert [int(r["y"]) for r in table] == record["float_counts"]
+    assert float(table[0]["x"]) == pytest.approx(-1.475)
+
+
+def test_csv_of_channels_names_channels_not_places() -> None:
+    table = rows(figures.channels([30.0, 3.2], [-1, -2], [1, 2]))
+    assert [(r["x"], r["y"]) for r in table if r["trace"] == "SQNR"] == [("1", "3.2"), ("0", "30")]
+    assert [(r["x"], r["y"]) for r in table if r["trace"] == "range"] == [("0", "-1"), ("0", "1")]
+
+
+def test_csv_of_an_empty_picture_is_its_header() -> None:
+    assert figures.figure_csv(figures.error_by_depth(comparison([]))) == "trace,x,y,text\n"
