@@ -103,8 +103,8 @@ class ErrorTotals:
         channels = 1 if axis is None else reference.shape[axis]
         outer = 1 if axis is None else math.prod(reference.shape[:axis])
         shape = (outer, channels, -1) if reference.size else (outer, channels, 0)
-        x = reference.astype(np.float64).reshape(shape)
-        y = actual.astype(np.float64).reshape(shape)
+        x = np.asarray(reference, np.float64).reshape(shape)
+        y = np.asarray(actual, np.float64).reshape(shape)
         with np.errstate(invalid="ignore", over="ignore"):
             error = x - y
 
@@ -112,9 +112,12 @@ class ErrorTotals:
                 sums: NDArray[np.float64] = np.einsum("oci,oci->c", a, b)
                 return sums
 
-            signal, actual_power = power(x, x), power(y, y)
-            noise, dot = power(error, error), power(x, y)
-            max_abs_error = float(np.abs(error).max()) if error.size else 0.0
+            signal, actual_power, noise = power(x, x), power(y, y), power(error, error)
+            # x*y = (x^2 + y^2 - (x-y)^2)/2: one pass over the values less, exact to the last bit
+            # of the larger power.
+            dot = (signal + actual_power - noise) / 2
+            np.abs(error, out=error)
+            max_abs_error = float(error.max()) if error.size else 0.0
         finite = bool(np.isfinite(signal).all() and np.isfinite(actual_power).all())
         return cls(
             signal=signal,

@@ -30,7 +30,7 @@ def measure_latency(
     sessions: Sequence[Session],
     feeds: Sequence[Feed],
     *,
-    budget_seconds: float = 0.5,
+    budget_seconds: float = 0.3,
     least_runs: int = 5,
     most_runs: int = 50,
 ) -> tuple[LatencySample, ...]:

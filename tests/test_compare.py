@@ -14,7 +14,8 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization import QuantFormat as OrtFormat
 
-from inspector.compare import Comparison, compare_models
+from inspector.compare import compare_models
+from inspector.comparison import Comparison
 from inspector.errors import Cancelled, ModelError
 from inspector.feeds import load_feeds
 from inspector.model import Model, load_model

@@ -17,13 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inspector import figures
-from inspector.compare import (
-    ActivationError,
-    Comparison,
-    ModelFile,
-    OutputError,
-    SliceError,
-)
+from inspector.comparison import ActivationError, Comparison, ModelFile, OutputError, SliceError
 
 INF, NAN = math.inf, math.nan
 

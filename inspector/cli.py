@@ -1,0 +1,644 @@
+"""argv to library to text and exit code: 0 good, 1 a gate failed, 2 the user can put it right.
+
+The commands hold no logic of their own: what they print is what the app shows. ONNX and its
+runtime are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from inspector.errors import Cancelled, ExclusionError, InspectorError, ReportError
+
+if TYPE_CHECKING:
+    from inspector.comparison import Comparison, OutputError
+    from inspector.exclusions import ExclusionEntry, ExclusionList
+    from inspector.feeds import Feeds
+    from inspector.model import Model
+    from inspector.quantize import QuantConfig
+
+FAILED_GATE = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# ----------------------------------------------------------------------------------- output
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _show_version(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    engine = ", ".join(f"{package} {_version(package)}" for package in ("onnxruntime", "onnx"))
+    _print(f"quant-inspector {_version('quant-inspector')} ({engine})")
+    context.exit()
+
+
+def _say(kind: str, text: str) -> None:
+    click.echo(f"{kind}: {text}", err=True)
+
+
+def _print(text: str | bytes) -> None:
+    """Writes to stdout; a reader that has gone (``| head``) does not change the exit code."""
+    try:
+        click.echo(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must not fail again when the interpreter closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write(target: str, text: str) -> None:
+    """Writes a result to a file, or to stdout for ``-``.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    text = text.removesuffix("\n")
+    if target == "-":
+        _print(text.encode())  # UTF-8 whatever the terminal is set to
+        return
+    path = Path(target)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text + "\n", encoding="utf-8", newline="\n")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ReportError(
+            f"{target} cannot be written: {error.strerror}",
+            hint="Name a file in a folder that exists and may be written to.",
+        ) from error
+
+
+def _keep_inputs(inputs: Sequence[str | None], outputs: Sequence[str | None]) -> None:
+    """Refuses to write a result over a file that was read.
+
+    Raises:
+        ReportError: an output is one of the inputs.
+    """
+    read = {Path(i).resolve(): i for i in inputs if i}
+    for output in outputs:
+        if output and output != "-" and Path(output).resolve() in read:
+            raise ReportError(
+                f"{output} is an input of this command and would be overwritten",
+                hint="Name another file for the result.",
+            )
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A `Progress` that draws a bar on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _fraction, _message: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+
+        def show(fraction: float, message: str) -> None:
+            bar.update(task, completed=fraction, description=f"{title}: {message}")
+
+        yield show
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order given."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_FEEDS = _options(
+    click.option(
+        "--inputs",
+        metavar="PATH",
+        help="Feeds: a folder of .npz, .pb or images, or one .npz or .npy file.",
+    ),
+    click.option(
+        "--random", type=click.IntRange(min=1), metavar="N", help="N random feeds instead of data."
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Seed of the random feeds.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Use the first N feeds of --inputs only.",
+    ),
+    click.option(
+        "--preprocess",
+        metavar="FILE",
+        help="How images become feeds; default preprocess.json beside the images.",
+    ),
+)
+
+_RECIPE = _options(
+    click.option("--recipe", metavar="FILE", help="Options from JSON or a quantized model."),
+    click.option(
+        "--format",
+        type=click.Choice(["qdq", "qoperator", "dynamic"]),
+        help="Static with Q/DQ pairs (default) or integer operators, or dynamic.",
+    ),
+    click.option(
+        "--activation-type", metavar="TYPE", help="int8 (default), uint8, int16 or uint16."
+    ),
+    click.option(
+        "--weight-type", metavar="TYPE", help="int8 (default), uint8, int16, uint16, int4 or uint4."
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["minmax", "entropy", "percentile"]),
+        help="How ranges are chosen; default minmax.",
+    ),
+    click.option("--percentile", type=float, metavar="P", help="Share of values kept, in percent."),
+    click.option(
+        "--per-channel/--no-per-channel",
+        default=None,
+        help="A scale per output channel of a weight.",
+    ),
+    click.option("--reduce-range/--no-reduce-range", default=None, help="7 bits for weights."),
+    click.option(
+        "--activation-symmetric/--no-activation-symmetric",
+        default=None,
+        help="Ranges of activations symmetric about 0; default no.",
+    ),
+    click.option(
+        "--weight-symmetric/--no-weight-symmetric",
+        default=None,
+        help="Ranges of weights symmetric about 0; default yes for signed types.",
+    ),
+    click.option(
+        "--op-types",
+        multiple=True,
+        metavar="OP",
+        help="Quantize these only (repeat or use commas).",
+    ),
+    click.option("--nodes", multiple=True, metavar="NODE", help="Quantize these only (repeat)."),
+    click.option("--no-preprocess", is_flag=True, help="Quantize the graph as it is."),
+    click.option(
+        "--calibration-samples",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Calibrate on the first N calibration feeds only.",
+    ),
+)
+# The options above by their names in a recipe.
+_RECIPE_KEYS = (
+    "format", "activation_type", "weight_type", "method", "percentile", "per_channel",
+    "reduce_range", "activation_symmetric", "weight_symmetric", "calibration_samples",
+)  # fmt: skip
+
+_JSON = click.option("--json", "json_file", metavar="FILE", help="Write JSON; - for stdout.")
+_CSV = click.option(
+    "--csv", "csv_file", metavar="FILE", help="Write a row per tensor; - for stdout."
+)
+_TOP = click.option(
+    "--top",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=10,
+    show_default=True,
+    help="Rows of the tables of worst activations and weights.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the versions of this tool, ONNX Runtime and ONNX.",
+)
+def cli() -> None:
+    """Find out what quantization broke in an ONNX model, and put it right."""
+
+
+# ------------------------------------------------------------------------------------- show
+
+
+@cli.command()
+@click.argument("model")
+@_JSON
+def show(model: str, json_file: str | None) -> None:
+    """What a model file holds: graph, quantization and the recipe it was made with."""
+    from inspector.render import dump_json, show_text
+    from inspector.workbench import describe_model
+
+    _keep_inputs([model], [json_file])
+    with _progress("reading") as progress:
+        description = describe_model(Path(model), progress=progress)
+    for warning in description["warnings"]:
+        _say("warning", warning)
+    if json_file:
+        _write(json_file, dump_json(description))
+    if json_file != "-":
+        _print(show_text(description))
+
+
+# ---------------------------------------------------------------------------------- compare
+
+
+def _load_feeds(options: Mapping[str, Any], model: Model) -> Feeds | None:
+    """The feeds that --inputs or --random name; None where neither is given."""
+    from inspector.feeds import load_feeds, random_feeds
+
+    if options["inputs"] and options["random"]:
+        raise click.UsageError("--inputs and --random exclude each other")
+    if options["random"]:
+        for name in ("samples", "preprocess"):
+            if options[name]:
+                raise click.UsageError(f"--{name} goes with --inputs, not with --random")
+        return random_feeds(model, samples=options["random"], seed=options["seed"])
+    if not options["inputs"]:
+        return None
+    preprocess = Path(options["preprocess"]) if options["preprocess"] else None
+    return load_feeds(
+        Path(options["inputs"]), model, preprocess=preprocess, limit=options["samples"]
+    )
+
+
+def _load_calibration(options: Mapping[str, Any], model: Model) -> Feeds | None:
+    from inspector.feeds import load_feeds
+
+    if not options["calibration"]:
+        return None
+    preprocess = Path(options["preprocess"]) if options["preprocess"] else None
+    return load_feeds(Path(options["calibration"]), model, preprocess=preprocess)
+
+
+def _report(
+    comparison: Comparison, *, json_file: str | None, csv_file: str | None, top: int
+) -> None:
+    """Warnings to stderr, files where they are wanted, text to stdout unless a file goes there."""
+    from inspector.render import comparison_csv, comparison_json, comparison_text, dump_json
+
+    for warning in comparison.warnings:
+        _say("warning", warning)
+    if json_file:
+        _write(json_file, dump_json(comparison_json(comparison)))
+    if csv_file:
+        _write(csv_file, comparison_csv(comparison))
+    if "-" not in (json_file, csv_file):
+        # Names take what the figures leave; a file gets them nearly whole.
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
+        width = max(24, columns - 90)
+        _print(comparison_text(comparison, top=top, name_width=width, warnings=False))
+
+
+def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) -> list[str]:
+    """Why the gate fails, one clause per output; empty where it holds."""
+    from inspector.render import format_db
+
+    if not outputs:
+        return ["no output could be compared"]
+    which = "simulated" if simulated else "deployed"
+    found = [(o.name, o.sqnr_db if simulated else o.deployed_sqnr_db) for o in outputs]
+    return [
+        f"output {name} has {format_db(value)} {which}, wanted at least {format_db(threshold)}"
+        for name, value in found
+        if math.isnan(value) or value < threshold
+    ]
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.argument("quantized_model", metavar="QUANTIZED")
+@_FEEDS
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges came from: tells seen from unseen figures.",
+)
+@_JSON
+@_CSV
+@_TOP
+@click.option(
+    "--fail-under", type=float, metavar="DB", help="Exit 1 where a deployed output is below."
+)
+@click.option(
+    "--simulated", is_flag=True, help="--fail-under judges outputs with optimisations off."
+)
+def compare(
+    float_model: str,
+    quantized_model: str,
+    json_file: str | None,
+    csv_file: str | None,
+    top: int,
+    fail_under: float | None,
+    simulated: bool,
+    **options: Any,
+) -> int:
+    """Where a quantized model departs from its float model, tensor by tensor."""
+    if simulated and fail_under is None:
+        raise click.UsageError("--simulated says what --fail-under judges: give that too")
+    if fail_under is not None and math.isnan(fail_under):
+        raise click.UsageError("--fail-under takes a number of decibels")
+    if json_file == csv_file == "-":
+        raise click.UsageError("only one of --json and --csv can go to stdout")
+    if not (options["inputs"] or options["random"]):
+        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    from inspector.compare import compare_models
+    from inspector.feeds import split_calibration
+    from inspector.model import load_model
+
+    _keep_inputs([float_model, quantized_model], [json_file, csv_file])
+    reference, actual = load_model(float_model), load_model(quantized_model)
+    feeds = _load_feeds(options, reference)
+    assert feeds is not None
+    calibration = _load_calibration(options, reference)
+    seen = None if calibration is None else split_calibration(feeds, calibration).seen
+    with _progress("comparing") as progress:
+        comparison = compare_models(reference, actual, feeds, seen=seen, progress=progress)
+    _report(comparison, json_file=json_file, csv_file=csv_file, top=top)
+    failures = (
+        [] if fail_under is None else _gate(comparison.outputs, fail_under, simulated=simulated)
+    )
+    for failure in failures:
+        _say("gate failed", failure)
+    return FAILED_GATE if failures else 0
+
+
+# --------------------------------------------------------------------------------- quantize
+
+
+def _read_recipe_file(path: str, float_model: Model) -> QuantConfig:
+    """The recipe in a JSON file (alone, or the "recipe" of a list), or read back from a model."""
+    from inspector.model import load_model
+    from inspector.quantize import QuantConfig, read_recipe
+
+    hint = "Name a recipe (JSON), an exclusion list that holds one, or a quantized model."
+    if not path.lower().endswith(".json"):
+        recipe = read_recipe(load_model(path), float_model)
+        for note in recipe.notes:
+            _say("warning", note)
+        return recipe.config
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"recipe {path} cannot be read: {error.strerror}", hint=hint) from error
+    except ValueError as error:
+        raise ReportError(f"recipe {path} is not JSON: {error}", hint=hint) from error
+    if isinstance(data, dict) and "recipe" in data:
+        data = data["recipe"]
+    if not isinstance(data, dict):
+        raise ReportError(f"{path} holds no recipe", hint=hint)
+    return QuantConfig.from_json(data)
+
+
+def _config(options: Mapping[str, Any], base: QuantConfig) -> QuantConfig:
+    """The recipe with every option that was given put in its place."""
+    from inspector.quantize import QuantConfig
+
+    changes = {key: options[key] for key in _RECIPE_KEYS if options[key] is not None}
+    op_types = [t.strip() for given in options["op_types"] for t in given.split(",")]
+    if op_types:
+        changes["op_types"] = [t for t in op_types if t]
+    if options["nodes"]:
+        changes["nodes"] = list(options["nodes"])
+    if options["no_preprocess"]:
+        changes["preprocess"] = False
+    config = QuantConfig.from_json({**base.to_json(), **changes})
+    if options["percentile"] is not None and config.method != "percentile":
+        raise click.UsageError("--percentile goes with --method percentile")
+    return config
+
+
+def _read_lists(paths: Sequence[str]) -> list[tuple[str, ExclusionList]]:
+    from inspector.exclusions import read_exclusions
+
+    return [(path, read_exclusions(Path(path))) for path in paths]
+
+
+def _base_recipe(
+    options: Mapping[str, Any], lists: Sequence[tuple[str, ExclusionList]], float_model: Model
+) -> QuantConfig:
+    """The recipe to start from: --recipe, else the one the lists were made with, else defaults.
+
+    Raises:
+        ExclusionError: the lists were made with different recipes.
+    """
+    from inspector.quantize import QuantConfig
+
+    if options["recipe"]:
+        return _read_recipe_file(options["recipe"], float_model)
+    held = [(path, entry.recipe) for path, entry in lists if entry.recipe is not None]
+    if not held:
+        return QuantConfig()
+    path, recipe = held[0]
+    for other, another in held[1:]:
+        if another != recipe:
+            raise ExclusionError(
+                f"{path} and {other} were made with different recipes",
+                hint="Give --recipe FILE to say which one is meant.",
+            )
+    _say("note", f"the recipe is the one in {path}")
+    return recipe
+
+
+def _entries(
+    names: Sequence[str], lists: Sequence[tuple[str, ExclusionList]], models: Sequence[Model]
+) -> tuple[ExclusionEntry, ...]:
+    """What a saved list says about each node; reasons and gains in the lists given are kept."""
+    from inspector.exclusions import ExclusionEntry
+
+    known = {entry.name: entry for _, held in lists for entry in held.nodes}
+    entries = []
+    for name in names:
+        # The float file's node, or one that pre-processing added.
+        node = next(m.node_by_name[name] for m in models if name in m.node_by_name)
+        entry = known.get(name, ExclusionEntry(name=name))
+        entries.append(replace(entry, op_type=node.op_type, outputs=node.outputs))
+    return tuple(entries)
+
+
+def _measured(comparison: Comparison | None) -> dict[str, Any] | None:
+    """What a saved list says it gave: the worst output; "before" is not measured here."""
+    if comparison is None or not comparison.outputs:
+        return None
+    worst = min(comparison.outputs, key=lambda o: -math.inf if math.isnan(o.sqnr_db) else o.sqnr_db)
+    after = {"before": None, "after": worst.sqnr_db}
+    return {"samples": comparison.samples, "output": worst.name, "output_sqnr_db": after}
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The quantized model to write.")
+@_FEEDS
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="X",
+    help="Leave in float (repeat): a node, a pattern of * and ?, or a list ending in .json.",
+)
+@click.option(
+    "--accept-other-model", is_flag=True, help="Use a list that was made for another model."
+)
+@_RECIPE
+@click.option("--save-exclusions", metavar="FILE", help="Write what was excluded as a list.")
+@_JSON
+@_TOP
+def quantize(
+    float_model: str,
+    output: str,
+    exclude: tuple[str, ...],
+    accept_other_model: bool,
+    save_exclusions: str | None,
+    json_file: str | None,
+    top: int,
+    **options: Any,
+) -> None:
+    """Quantize a float model with ONNX Runtime's quantizer and compare the result."""
+    from inspector.compare import compare_models
+    from inspector.exclusions import (
+        ExclusionList,
+        check_same_model,
+        effect_of,
+        resolve,
+        write_exclusions,
+    )
+    from inspector.feeds import split_calibration
+    from inspector.model import load_model
+    from inspector.quantize import prepare, quantize_model
+    from inspector.store import Workspace, default_root
+
+    paths = [x for x in exclude if x.lower().endswith(".json")]
+    read = [float_model, options["recipe"], options["preprocess"], *paths]
+    _keep_inputs(read, [output, save_exclusions, json_file])
+    model = load_model(float_model)
+    lists = _read_lists(paths)
+    config = _config(options, _base_recipe(options, lists, model))
+    notes = [
+        *model.notes,
+        *(n for _, held in lists for n in check_same_model(held, model, accept_other_model)),
+    ]
+    feeds = _load_feeds(options, model)
+    calibration_feeds = _load_calibration(options, model)
+    if config.static and feeds is None and calibration_feeds is None:
+        raise click.UsageError(
+            f"--format {config.format} needs feeds: give --inputs PATH or --calibration PATH"
+        )
+    cache = Workspace(default_root()).cache
+    with _progress("quantizing") as progress:
+        prepared = prepare(model, config, cache)
+        wanted = [
+            *(x for x in exclude if x not in paths),
+            *(entry.name for _, held in lists for entry in held.nodes),
+            *(pattern for _, held in lists for pattern in held.patterns),
+        ]
+        resolved = resolve(wanted, model, prepared=prepared)
+        split = None
+        if feeds is not None:
+            split = split_calibration(feeds, calibration_feeds, limit=config.calibration_samples)
+        made = quantize_model(
+            model,
+            config,
+            calibration=calibration_feeds if split is None else split.calibration,
+            exclude=resolved.names,
+            output=Path(output),
+            cache=cache,
+            progress=progress,
+        )
+    notes = list(dict.fromkeys((*notes, *prepared.notes, *resolved.notes, *made.notes)))
+    quantized = load_model(output)
+    comparison = None
+    if feeds is not None and split is not None:
+        seen = split.seen if config.static else (False,) * len(feeds)
+        with _progress("comparing") as progress:
+            comparison = compare_models(model, quantized, feeds, seen=seen, progress=progress)
+    if save_exclusions:
+        saved = ExclusionList(
+            nodes=_entries(resolved.names, lists, [model, prepared.model]),
+            float_name=model.name,
+            float_sha256=model.sha256,
+            recipe=config,
+            measured=_measured(comparison),
+        )
+        write_exclusions(saved, Path(save_exclusions))
+    if json_file != "-":
+        _print(f"wrote {output}")
+        for effect in effect_of(resolved.prepared_names, prepared.model, quantized, None):
+            _print("\n    ".join((f"  {effect.name}: {effect.status}", *effect.details)))
+    if comparison is None:
+        for note in notes:
+            _say("warning", note)
+        return
+    warnings = tuple(dict.fromkeys((*notes, *comparison.warnings)))
+    _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)
+
+
+# ------------------------------------------------------------------------------------- main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of a command line; the process's own where no arguments are given."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show "–" gets "?" instead of a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="quant-inspector",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        _say("error", error.format_message())
+        context = getattr(error, "ctx", None)
+        command = "quant-inspector" if context is None else context.command_path
+        _say("hint", f"Run `{command} --help` for what it takes.")
+        return USER_ERROR
+    except InspectorError as error:
+        _say("error", error.message)
+        _say("hint", error.hint)
+        return USER_ERROR
+    except (click.Abort, KeyboardInterrupt, Cancelled):
+        _say("error", "stopped")
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""What a comparison of a float and a quantized model holds.
+
+Apart from the pass that fills these records (`compare`), because pages, figures and texts show
+them without loading ONNX or its runtime. Names are the float model's; directions are in `metrics`.
+Local and accumulated error are defined in the README's glossary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SliceError:
+    """The part of a Concat that came from one of its inputs.
+
+    Attributes:
+        source: the float tensor that was joined.
+        start: first channel along the Concat's axis.
+        stop: one after the last.
+        sqnr_db: accumulated SQNR of this part.
+        absmax: largest absolute float value in this part.
+    """
+
+    source: str
+    start: int
+    stop: int
+    sqnr_db: float
+    absmax: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightError:
+    """A constant of the float model against what the quantized model reads in its place.
+
+    Attributes:
+        name: the float model's tensor.
+        node: the float model's (first) node that reads it.
+        op_type: that node's.
+        kind: "weight" or "bias".
+        quantized_name: the quantized model's tensor.
+        dtype: stored integer type; the float type where it was left in float.
+        shape: of the float tensor.
+        axis: channel axis of the scales, None per tensor.
+        channel_axis: output-channel axis of the node, for the per-channel figures.
+        scale: one value, or one per channel; None where left in float.
+        zero_point: like `scale`.
+        sqnr_db, max_abs_error, mse, cosine_similarity: over the whole tensor.
+        channel_sqnr_db: SQNR per output channel.
+        channel_absmax: largest absolute float value per output channel.
+        worst_channel: index of the lowest channel SQNR, None where there are no channels.
+        matched_by: "name", "structure" or "content".
+        note: what has to be known ("" for nothing), e.g. a folded BatchNormalization.
+    """
+
+    name: str
+    node: str
+    op_type: str
+    kind: str
+    quantized_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int | None
+    channel_axis: int | None
+    scale: float | tuple[float, ...] | None
+    zero_point: int | tuple[int, ...] | None
+    sqnr_db: float
+    worst_channel_sqnr_db: float
+    median_channel_sqnr_db: float
+    worst_channel: int | None
+    channel_sqnr_db: tuple[float, ...]
+    channel_absmax: tuple[float, ...]
+    max_abs_error: float
+    mse: float
+    cosine_similarity: float
+    matched_by: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationError:
+    """A computed tensor of the float model against what the quantized model's consumers read.
+
+    Attributes:
+        name: the float model's tensor.
+        node: the float model's node that computes it ("" for a graph input).
+        op_type: that node's ("Input" for a graph input).
+        depth: position of that node in topological order, -1 for a graph input.
+        quantized_name: the quantized model's tensor, after its DequantizeLinear where it has one.
+        dtype: stored integer type; the float type where it has no Q/DQ pair.
+        shape: of the first sample.
+        scale, zero_point: per tensor or per channel; None where it has no Q/DQ pair.
+        local_sqnr_db: before against after its own Q/DQ; None where it has no Q/DQ pair.
+        accumulated_sqnr_db: the float model's tensor against the quantized model's.
+        channel_axis: axis of the per-channel figures, None where samples are ragged.
+        channel_sqnr_db: accumulated SQNR per channel.
+        channel_low, channel_high: observed float range per channel.
+        slices: for a Concat, each input's part.
+        saturated_fraction: share of values clipped (low + high), 0..1; None without a Q/DQ pair.
+        saturated_low_fraction, saturated_high_fraction: the two ends apart.
+        observed_low, observed_high: range of the float tensor over all samples.
+        representable_low, representable_high: what the scale and zero point can hold.
+        nonfinite_float, nonfinite_quantized: NaN and infinite elements seen.
+        is_output: it is a graph output.
+        matched_by, note: as for `WeightError`.
+    """
+
+    name: str
+    node: str
+    op_type: str
+    depth: int
+    quantized_name: str
+    dtype: str
+    shape: tuple[int, ...]
+    scale: float | tuple[float, ...] | None
+    zero_point: int | tuple[int, ...] | None
+    local_sqnr_db: float | None
+    accumulated_sqnr_db: float
+    worst_channel_sqnr_db: float
+    median_channel_sqnr_db: float
+    worst_channel: int | None
+    channel_axis: int | None
+    channel_sqnr_db: tuple[float, ...]
+    channel_low: tuple[float, ...]
+    channel_high: tuple[float, ...]
+    slices: tuple[SliceError, ...]
+    cosine_similarity: float
+    mse: float
+    max_abs_error: float
+    saturated_fraction: float | None
+    saturated_low_fraction: float | None
+    saturated_high_fraction: float | None
+    observed_low: float
+    observed_high: float
+    representable_low: float | None
+    representable_high: float | None
+    nonfinite_float: int
+    nonfinite_quantized: int
+    is_output: bool
+    matched_by: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputError:
+    """A graph output of both models.
+
+    Attributes:
+        name: the float model's.
+        sqnr_db: pooled over all samples, simulated (optimisations off).
+        deployed_sqnr_db: pooled, deployed (all optimisations on).
+        seen_sqnr_db, unseen_sqnr_db: pooled over the samples used in calibration and over the
+            others; None where there are none of them or it is unknown which are which.
+        worst_channel_sqnr_db, median_channel_sqnr_db, worst_channel, channel_axis,
+            channel_sqnr_db: per channel, simulated.
+        slices: where a Concat makes this output, each input's part.
+        per_sample_sqnr_db: simulated, in feed order.
+        median_sample_sqnr_db, worst_sample_sqnr_db, worst_sample: over samples.
+        deployed_differs: simulated and deployed outputs differ by more than three output steps,
+            or the largest element changes place.
+    """
+
+    name: str
+    sqnr_db: float
+    deployed_sqnr_db: float
+    seen_sqnr_db: float | None
+    unseen_sqnr_db: float | None
+    worst_channel_sqnr_db: float
+    median_channel_sqnr_db: float
+    worst_channel: int | None
+    channel_axis: int | None
+    channel_sqnr_db: tuple[float, ...]
+    slices: tuple[SliceError, ...]
+    median_sample_sqnr_db: float
+    worst_sample_sqnr_db: float
+    worst_sample: str
+    per_sample_sqnr_db: tuple[float, ...]
+    cosine_similarity: float
+    max_abs_error: float
+    deployed_differs: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmatched:
+    """A tensor that is not compared, and why.
+
+    Attributes:
+        name: the tensor.
+        kind: "weight", "bias" or "activation".
+        model: "float" or "quantized".
+        reason: one clause, e.g. "fused into 485".
+    """
+
+    name: str
+    kind: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """Top-1 against labels, on the output with as many classes.
+
+    Attributes:
+        output: the output that was judged.
+        samples: how many samples had a label.
+        top1_float, top1_quantized: share of samples right, 0..1, higher is better.
+        top1_agreement: share of samples where both models choose the same class, 0..1.
+    """
+
+    output: str
+    samples: int
+    top1_float: float
+    top1_quantized: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Deployed latency of one feed on this machine, interleaved runs.
+
+    Attributes:
+        float_seconds, quantized_seconds: medians; lower is better.
+        float_spread_seconds, quantized_spread_seconds: interquartile ranges.
+        runs: how many timed runs of each.
+    """
+
+    float_seconds: float
+    quantized_seconds: float
+    float_spread_seconds: float
+    quantized_spread_seconds: float
+    runs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFile:
+    """What identifies one of the two files.
+
+    Attributes:
+        path: the file's name as the user knows it.
+        sha256: of the file's bytes followed by its external data's.
+        size_bytes: with external data.
+        quant_format: value of `scheme.QuantFormat` ("float" for the float model), "+"-joined where
+            a file mixes formats.
+    """
+
+    path: str
+    sha256: str
+    size_bytes: int
+    quant_format: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One float model against one quantized model on some feeds.
+
+    Attributes:
+        samples: feeds compared.
+        sample_names: their names, in order.
+        random_feeds: the feeds are seeded noise, not data.
+        seen: "seen" (all feeds were used in calibration), "unseen" (none), "mixed", or "unknown".
+        weights, activations, outputs: matched pairs; activations in topological order.
+        unmatched: everything that is not compared, with its reason.
+        task: None without labels.
+        latency: None where it was not measured.
+        warnings: sentences a user should read before trusting a figure.
+    """
+
+    float_model: ModelFile
+    quantized_model: ModelFile
+    samples: int
+    sample_names: tuple[str, ...]
+    random_feeds: bool
+    seen: str
+    weights: tuple[WeightError, ...]
+    activations: tuple[ActivationError, ...]
+    outputs: tuple[OutputError, ...]
+    unmatched: tuple[Unmatched, ...]
+    task: Task | None
+    latency: Latency | None
+    warnings: tuple[str, ...]

@@ -1,0 +1,762 @@
+"""What one workspace does: load a pair, re-quantize it, look into a tensor.
+
+Each public function is one job for the worker process: it takes the workspace's folder and plain
+values, opens the models, and leaves its result in the store, where the web process reads it. The
+command line calls the same library functions below it, so both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inspector.compare import PairRunner, compare_models
+from inspector.comparison import Comparison
+from inspector.errors import FeedError, ModelError, ReportError
+from inspector.exclusions import (
+    ExclusionEntry,
+    ExclusionList,
+    effect_of,
+    free_names,
+    resolve,
+)
+from inspector.exclusions import to_json as exclusions_json
+from inspector.feeds import (
+    Feeds,
+    Preprocess,
+    image_feeds,
+    load_feeds,
+    random_feeds,
+    split_calibration,
+)
+from inspector.matching import ActivationPair, WeightPair, match_tensors
+from inspector.model import Model, load_model
+from inspector.qparams import INTEGER_DTYPES, QParams
+from inspector.quantize import (
+    QuantConfig,
+    inspector_command,
+    onnxruntime_call,
+    onnxruntime_command,
+    prepare,
+    quantize_model,
+    read_recipe,
+)
+from inspector.render import comparison_json, headline, read_comparison, strict
+from inspector.runtime import Progress, no_progress
+from inspector.scheme import count_scheme, read_scheme, stored_values
+from inspector.stats import Histogram, saturated_counts
+from inspector.store import (
+    FeedSource,
+    PairRecord,
+    RunRecord,
+    StoredModel,
+    Workspace,
+    new_id,
+    utc_now,
+)
+
+HISTOGRAM_BINS = 192
+MAP_BINS = 96
+
+
+@lru_cache(maxsize=6)
+def _loaded(path: Path, _modified: int, _size: int) -> Model:
+    return load_model(path)
+
+
+def _open(path: Path) -> Model:
+    """A loaded model, kept while the file does not change."""
+    if not path.is_file():
+        return load_model(path)  # says what is wrong
+    stat = path.stat()
+    return _loaded(path, stat.st_mtime_ns, stat.st_size)
+
+
+def _stored(model: Model, path: Path) -> StoredModel:
+    return StoredModel(
+        name=model.name, sha256=model.sha256, size_bytes=model.size_bytes, path=path.absolute()
+    )
+
+
+def open_feeds(source: FeedSource, model: Model) -> Feeds:
+    """The feeds a source describes, checked against a model's inputs.
+
+    Raises:
+        FeedError: they do not fit.
+    """
+    if source.kind == "random":
+        return random_feeds(model, samples=source.samples or 8, seed=source.seed)
+    path = Path(source.path)
+    if source.preprocess is None:
+        return load_feeds(path, model, limit=source.samples)
+    feeds = image_feeds(path, model, Preprocess.from_json(source.preprocess))
+    if source.samples is not None and source.samples < len(feeds):
+        feeds = feeds.subset(range(source.samples))
+    return feeds
+
+
+def describe_model(path: Path | str, progress: Progress = no_progress) -> dict[str, Any]:
+    """What a file holds, as `quant-inspector show --json` writes it."""
+    model = _open(Path(path))
+    progress(0.5, "reading the quantization")
+    scheme = read_scheme(model)
+    counts = count_scheme(model, scheme)
+    recipe = read_recipe(model) if counts.quantized_nodes else None
+    return {
+        "format": "quant-inspector/model",
+        "version": 1,
+        "path": model.name,
+        "sha256": model.sha256,
+        "size_bytes": model.size_bytes,
+        "opset": model.opset,
+        "opsets": model.opsets,
+        "producer": model.producer,
+        "quant_format": scheme.label,
+        "nodes": counts.nodes,
+        "quantized_nodes": counts.quantized_nodes,
+        "weights": counts.weights,
+        "quantized_weights": counts.quantized_weights,
+        "op_types": dict(counts.op_types),
+        "quantized_op_types": dict(counts.quantized_op_types),
+        "inputs": [_info(i) for i in model.inputs],
+        "outputs": [_info(o) for o in model.outputs],
+        "recipe": None if recipe is None else recipe.config.to_json(),
+        "warnings": [*model.notes, *(recipe.notes if recipe is not None else ())],
+    }
+
+
+def _info(info: Any) -> dict[str, Any]:
+    shape = None if info.shape is None else list(info.shape)
+    return {"name": info.name, "dtype": info.dtype, "shape": shape}
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+
+def _summary(comparison: Comparison) -> dict[str, Any]:
+    """The figures every page shows in its context bar, strict JSON."""
+    outputs = [
+        {
+            "name": o.name,
+            "sqnr_db": o.sqnr_db,
+            "deployed_sqnr_db": o.deployed_sqnr_db,
+            "worst_channel_sqnr_db": o.worst_channel_sqnr_db,
+            "worst_sample_sqnr_db": o.worst_sample_sqnr_db,
+        }
+        for o in comparison.outputs
+    ]
+    summary: dict[str, Any] = {
+        "headline": headline(comparison),
+        "quant_format": comparison.quantized_model.quant_format,
+        "samples": comparison.samples,
+        "seen": comparison.seen,
+        "random_feeds": comparison.random_feeds,
+        "outputs": outputs,
+        "float_size_bytes": comparison.float_model.size_bytes,
+        "size_bytes": comparison.quantized_model.size_bytes,
+        "latency": None,
+        "task": None,
+    }
+    if comparison.latency is not None:
+        summary["latency"] = {
+            "float_seconds": comparison.latency.float_seconds,
+            "quantized_seconds": comparison.latency.quantized_seconds,
+        }
+    if comparison.task is not None:
+        summary["task"] = {
+            "top1_float": comparison.task.top1_float,
+            "top1_quantized": comparison.task.top1_quantized,
+            "top1_agreement": comparison.task.top1_agreement,
+        }
+    result: dict[str, Any] = strict(summary)
+    return result
+
+
+def _scaled(progress: Progress, start: float, stop: float) -> Progress:
+    def report(fraction: float, message: str) -> None:
+        progress(start + (stop - start) * fraction, message)
+
+    return report
+
+
+def load_pair(
+    root: Path,
+    *,
+    float_path: Path,
+    quantized_path: Path | None,
+    inputs: FeedSource,
+    calibration: FeedSource | None = None,
+    title: str = "",
+    progress: Progress = no_progress,
+) -> str:
+    """The id of the run that a float model, its quantized twin and feeds give.
+
+    With a quantized file that is run 0; without one, the float model is quantized with the
+    defaults, which is run 1. The pair becomes the workspace's current one. Nothing is saved
+    unless all of it worked.
+    """
+    begin = time.perf_counter()
+    workspace = Workspace(root)
+    progress(0.0, "reading the models")
+    float_model = _open(float_path)
+    quantized = None if quantized_path is None else _open(quantized_path)
+    feeds = open_feeds(inputs, float_model)
+    if calibration is not None:
+        open_feeds(calibration, float_model)
+    pair = PairRecord(
+        id=new_id(),
+        title=title or _title(float_path, float_model),
+        float_model=_stored(float_model, float_path),
+        quantized_model=None
+        if quantized is None or quantized_path is None
+        else _stored(quantized, quantized_path),
+        inputs=inputs,
+        calibration=calibration,
+        created=utc_now(),
+    )
+    if quantized is None:
+        run_id = _quantize(
+            workspace, pair, QuantConfig(), (), parent=None, base=None, progress=progress,
+            save_pair=True,
+        )  # fmt: skip
+    else:
+        comparison = compare_models(
+            float_model, quantized, feeds, progress=_scaled(progress, 0.05, 0.98)
+        )
+        recipe = read_recipe(quantized)
+        workspace.save_pair(pair)
+        assert pair.quantized_model is not None
+        run = RunRecord(
+            id=new_id(),
+            pair_id=pair.id,
+            number=0,
+            title="loaded file",
+            recipe=recipe.config.to_json(),
+            exclusions=(),
+            model=pair.quantized_model,
+            created=utc_now(),
+            parent=None,
+            seconds=time.perf_counter() - begin,
+            summary=_summary(comparison),
+            effects=(),
+            notes=tuple(recipe.notes),
+        )
+        run_id = workspace.save_run(run, comparison_json(comparison, detail=True)).id
+    workspace.set_current_pair(pair.id)
+    return run_id
+
+
+def _title(path: Path, model: Model) -> str:
+    stem = path.stem
+    return path.absolute().parent.name if stem in ("model", "float") else stem or model.name
+
+
+def _quantize(
+    workspace: Workspace,
+    pair: PairRecord,
+    config: QuantConfig,
+    exclude: Sequence[str],
+    *,
+    parent: RunRecord | None,
+    base: RunRecord | None,
+    progress: Progress,
+    save_pair: bool = False,
+) -> str:
+    """Quantizes, compares and saves one run; returns its id."""
+    begin = time.perf_counter()
+    float_model = _open(pair.float_model.path)
+    feeds = open_feeds(pair.inputs, float_model)
+    own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
+    split = split_calibration(feeds, own, limit=config.calibration_samples)
+    with workspace.scratch() as scratch:
+        target = scratch / f"{Path(pair.float_model.name).stem}.int8.onnx"
+        made = quantize_model(
+            float_model,
+            config,
+            calibration=split.calibration if config.static else None,
+            exclude=exclude,
+            output=target,
+            cache=workspace.cache,
+            progress=_scaled(progress, 0.0, 0.5),
+        )
+        quantized = load_model(target)
+        # Dynamic quantization observes no ranges beforehand: every feed is unseen.
+        seen = split.seen if config.static else (False,) * len(feeds)
+        comparison = compare_models(
+            float_model, quantized, feeds, seen=seen, progress=_scaled(progress, 0.5, 0.95)
+        )
+        progress(0.96, "reading back what was changed")
+        prepared = prepare(float_model, config, workspace.cache)
+        effects: list[dict[str, Any]] = []
+        made_notes = list(made.notes)
+        if exclude:
+            resolved = resolve(exclude, float_model, prepared=prepared)
+            baseline = load_model(base.model.path) if base is not None else None
+            found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline)
+            made_notes += resolved.notes
+            effects = [_record(e) for e in found]
+        summary = _summary(comparison)
+        before = base.summary if base is not None else None
+        summary["before"] = None if before is None else before["outputs"]
+        names: dict[str, Any] = {"model": pair.float_model.name, "output": target.name}
+        summary["commands"] = {
+            "inspector": inspector_command(
+                config,
+                exclude,
+                float_name=pair.float_model.name,
+                output=target.name,
+                inputs=_command_path(pair.inputs),
+                calibration=_command_path(pair.calibration),
+            ),
+            "python": onnxruntime_call(config, exclude, prepared=prepared, **names),
+            "onnxruntime": onnxruntime_command(config, exclude, prepared=prepared, **names),
+        }
+        summary["exclusion_list"] = exclusions_json(
+            _exclusion_list(float_model, config, exclude, comparison, base)
+        )
+        notes = list(dict.fromkeys(made_notes))
+        if base is None and parent is not None and parent.number == 0:
+            notes += _against_loaded(parent, comparison)
+        if save_pair:
+            workspace.save_pair(pair)
+        numbers = [r.number for r in workspace.runs(pair.id)]
+        run = RunRecord(
+            id=new_id(),
+            pair_id=pair.id,
+            number=max(numbers, default=0) + 1,
+            title=f"{len(exclude)} excluded" if exclude else "no exclusion",
+            recipe=config.to_json(),
+            exclusions=tuple(exclude),
+            model=_stored(quantized, target),
+            created=utc_now(),
+            parent=base.id if base is not None else (parent.id if parent is not None else None),
+            seconds=time.perf_counter() - begin,
+            summary=strict(summary),
+            effects=tuple(effects),
+            notes=tuple(notes),
+        )
+        data = target.with_name(target.name + ".data")
+        run = workspace.save_run(
+            run,
+            comparison_json(comparison, detail=True),
+            target,
+            external_data=[data] if data.exists() else [],
+        )
+    progress(1.0, "done")
+    return run.id
+
+
+def _command_path(source: FeedSource | None) -> str | None:
+    """The path to write into a command; None where feeds are no files of the user's own."""
+    return source.path if source is not None and source.kind == "path" else None
+
+
+def _record(record: Any) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value := getattr(record, name), tuple) else value
+        for name in record.__dataclass_fields__
+    }
+
+
+def _against_loaded(loaded: RunRecord, comparison: Comparison) -> list[str]:
+    """Says where the same recipe gives another accuracy than the loaded file has."""
+    then = {o["name"]: o["sqnr_db"] for o in loaded.summary["outputs"]}
+    apart = [
+        o.name
+        for o in comparison.outputs
+        if isinstance(then.get(o.name), float) and abs(then[o.name] - o.sqnr_db) > 0.05
+    ]
+    if not apart:
+        return []
+    figures = ", ".join(
+        f"{o.name} {o.sqnr_db:.1f} dB here, {then[o.name]:.1f} dB there"
+        for o in comparison.outputs
+        if o.name in apart
+    )
+    return [
+        "this run differs from the loaded file although the recipe is the same "
+        f"(other calibration data or options): {figures}"
+    ]
+
+
+def _exclusion_list(
+    float_model: Model,
+    config: QuantConfig,
+    exclude: Sequence[str],
+    comparison: Comparison,
+    base: RunRecord | None,
+) -> ExclusionList:
+    after = {o.name: o.sqnr_db for o in comparison.outputs}
+    before = {o["name"]: o["sqnr_db"] for o in base.summary["outputs"]} if base is not None else {}
+    worst = min(after, key=lambda n: after[n], default=None)
+    measured = None
+    if worst is not None:
+        measured = strict(
+            {
+                "samples": comparison.samples,
+                "output": worst,
+                "output_sqnr_db": {"before": before.get(worst), "after": after[worst]},
+            }
+        )
+    known = float_model.node_by_name
+    entries = tuple(
+        ExclusionEntry(name=name, op_type=known[name].op_type, outputs=known[name].outputs)
+        if name in known
+        else ExclusionEntry(name=name)  # pre-processing added it
+        for name in exclude
+    )
+    return ExclusionList(
+        nodes=entries,
+        float_name=float_model.name,
+        float_sha256=float_model.sha256,
+        recipe=config,
+        measured=measured,
+    )
+
+
+def requantize(
+    root: Path,
+    *,
+    run_id: str,
+    config: dict[str, Any],
+    exclude: Sequence[str],
+    progress: Progress = no_progress,
+) -> str:
+    """The id of a new run of a pair: a recipe plus an exclusion list, quantized and compared.
+
+    Before and after always compare runs of one recipe, so the run without exclusions is made
+    first where this recipe has none yet.
+    """
+    workspace = Workspace(root)
+    parent = workspace.run(run_id)
+    pair = workspace.pair(parent.pair_id)
+    options = QuantConfig.from_json(config)
+    runs = [r for r in workspace.runs(pair.id) if r.number > 0 and not r.exclusions]
+    base = next((r for r in runs if QuantConfig.from_json(r.recipe) == options), None)
+    loaded = next((r for r in workspace.runs(pair.id) if r.number == 0), None)
+    if base is None:
+        stop = 0.5 if exclude else 1.0
+        base_id = _quantize(
+            workspace, pair, options, (), parent=loaded, base=None,
+            progress=_scaled(progress, 0.0, stop),
+        )  # fmt: skip
+        if not exclude:
+            return base_id
+        base = workspace.run(base_id)
+        progress = _scaled(progress, stop, 1.0)
+    elif not exclude:
+        return base.id
+    return _quantize(
+        workspace, pair, options, tuple(exclude), parent=parent, base=base, progress=progress
+    )
+
+
+def propose_free(
+    root: Path, *, run_id: str, node: str, progress: Progress = no_progress
+) -> list[str]:
+    """Further nodes to exclude so that a node's inputs, weight and output are really float."""
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    float_model = _open(pair.float_model.path)
+    progress(0.2, "reading the quantized graph")
+    prepared = prepare(float_model, QuantConfig.from_json(run.recipe), workspace.cache)
+    return list(free_names(node, prepared, _open(run.model.path)))
+
+
+def list_nodes(
+    root: Path, *, run_id: str, progress: Progress = no_progress
+) -> list[dict[str, Any]]:
+    """The nodes of the float file that a list can name: name, op type and outputs, in order."""
+    workspace = Workspace(root)
+    pair = workspace.pair(workspace.run(run_id).pair_id)
+    progress(0.2, "reading the float model")
+    model = _open(pair.float_model.path)
+    return [
+        {"name": n.name, "op_type": n.op_type, "outputs": list(n.outputs)}
+        for n in model.nodes
+        if n.op_type != "Constant"
+    ]
+
+
+# -- one tensor ----------------------------------------------------------------------------------
+
+
+def inspect_tensor(
+    root: Path,
+    *,
+    run_id: str,
+    tensor: str,
+    kind: str = "activation",
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """The binned values of one tensor: histograms, error histogram, map. Kept with the run.
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run.
+        tensor: the float model's tensor.
+        kind: "activation", or "weight" for a constant.
+        progress: see `runtime.Progress`.
+
+    Raises:
+        ReportError: the run compares no such tensor.
+    """
+    workspace = Workspace(root)
+    key = f"{kind}:{tensor}"
+    kept = workspace.detail(run_id, key)
+    if kept is not None:
+        return kept
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    float_model, quantized = _open(pair.float_model.path), _open(run.model.path)
+    matching = match_tensors(float_model, quantized)
+    progress(0.1, "reading the tensor")
+    pairs: Sequence[ActivationPair | WeightPair] = (
+        matching.activations if kind == "activation" else matching.weights
+    )
+    found = next((p for p in pairs if p.name == tensor), None)
+    if found is None:
+        raise ReportError(
+            f"this run compares no {kind} called {tensor!r}",
+            hint="Choose a tensor from the table on the overview.",
+        )
+    if isinstance(found, WeightPair):
+        detail = _weight_detail(found, quantized)
+    else:
+        comparison = read_comparison(workspace.comparison(run_id))
+        detail = _activation_detail(
+            found, comparison, float_model, quantized, open_feeds(pair.inputs, float_model),
+            matching, progress,
+        )  # fmt: skip
+    result: dict[str, Any] = strict(detail)
+    workspace.write_detail(run_id, key, result)
+    return result
+
+
+def _weight_detail(pair: WeightPair, quantized: Model) -> dict[str, Any]:
+    reference = pair.reference()
+    qparams = pair.quantized.qparams if pair.quantized is not None else None
+    actual = (
+        stored_values(quantized, pair.quantized)
+        if pair.quantized is not None
+        else quantized.constant(pair.quantized_name)
+    )
+    if actual is None or actual.shape != reference.shape:
+        raise ReportError(
+            f"the values of {pair.quantized_name} cannot be set against {pair.name}",
+            hint="Choose another tensor from the table on the overview.",
+        )
+    finite = reference[np.isfinite(reference)]
+    low = float(finite.min()) if finite.size else 0.0
+    high = float(finite.max()) if finite.size else 0.0
+    bins = _Bins(low, high, qparams, float(np.abs(reference - actual).max(initial=0.0)))
+    bins.add(reference, actual, reference if qparams is not None else None)
+    return bins.detail(pair.name, pair.node.name, pair.kind)
+
+
+def _activation_detail(
+    pair: ActivationPair,
+    comparison: Comparison,
+    float_model: Model,
+    quantized: Model,
+    feeds: Feeds,
+    matching: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    from inspector.matching import rectify
+
+    known = next((a for a in comparison.activations if a.name == pair.name), None)
+    if known is None:
+        raise ReportError(
+            f"this run compares no activation called {pair.name!r}",
+            hint="Choose a tensor from the table on the overview.",
+        )
+    runner = PairRunner(float_model, quantized, matching, [pair])
+    spread = max(known.max_abs_error, 0.0)
+    if math.isfinite(known.mse):
+        spread = min(spread, 8 * math.sqrt(known.mse))
+    bins = _Bins(known.observed_low, known.observed_high, pair.qparams, spread)
+    for at, feed in enumerate(feeds):
+        progress(0.1 + 0.9 * at / len(feeds), f"sample {at + 1} of {len(feeds)}")
+        reference, actual = runner.run(feed, feeds.names[at])
+        after = actual[pair.after]
+        if pair.integers and pair.qparams is not None:
+            after = pair.qparams.dequantize(after)
+        before = actual.get(pair.before) if pair.before else None
+        real = None if before is None else rectify(before, pair.rectifier, float_model)
+        bins.add(reference[pair.name], after, real)
+    return bins.detail(pair.name, pair.node.name if pair.node else "", "activation")
+
+
+class _Bins:
+    """The counts behind a tensor's pictures, summed over samples."""
+
+    def __init__(self, low: float, high: float, qparams: QParams | None, spread: float) -> None:
+        self.qparams = qparams
+        self.step = float(qparams.scale) if qparams is not None and qparams.per_tensor else None
+        low = low if math.isfinite(low) else 0.0
+        high = high if math.isfinite(high) else 0.0
+        edges = _edges(low, high, qparams)
+        self.values = _empty(edges)
+        self.quantized = _empty(edges)
+        unit = self.step or 1.0
+        reach = spread / unit
+        reach = max(reach, 0.5) if self.step else (reach or 1e-12)
+        self.errors = _empty(np.linspace(-1.02 * reach, 1.02 * reach, 122))
+        self.map_edges = np.linspace(edges[0], edges[-1], MAP_BINS + 1)
+        self.map = np.zeros((MAP_BINS, MAP_BINS), np.int64)
+        self.saturated = np.zeros(2, np.int64)
+        self.before = 0
+        self.count = 0
+
+    def add(
+        self, reference: NDArray[Any], actual: NDArray[Any], before: NDArray[Any] | None
+    ) -> None:
+        reference = reference.astype(np.float64)
+        actual = actual.astype(np.float64)
+        self.values = self.values.merge(Histogram.of(reference, self.values.edges))
+        self.quantized = self.quantized.merge(Histogram.of(actual, self.quantized.edges))
+        with np.errstate(invalid="ignore"):
+            error = (actual - reference) / (self.step or 1.0)
+        self.errors = self.errors.merge(Histogram.of(error, self.errors.edges))
+        finite = np.isfinite(reference) & np.isfinite(actual)
+        counts, _, _ = np.histogram2d(
+            reference[finite], actual[finite], [self.map_edges, self.map_edges]
+        )
+        self.map += counts.astype(np.int64)
+        self.count += int(reference.size)
+        if before is not None and self.qparams is not None:
+            self.saturated += saturated_counts(before, self.qparams)
+            self.before += int(before.size)
+
+    def detail(self, tensor: str, node: str, kind: str) -> dict[str, Any]:
+        qparams = self.qparams
+        listed: Callable[[NDArray[Any]], Any] = lambda v: v.item() if v.ndim == 0 else v.tolist()  # noqa: E731
+        return {
+            "tensor": tensor,
+            "node": node,
+            "kind": kind,
+            "dtype": qparams.dtype if qparams is not None else "float32",
+            "scale": None if qparams is None else listed(qparams.scale),
+            "zero_point": None if qparams is None else listed(qparams.zero_point),
+            "axis": None if qparams is None else qparams.axis,
+            "edges": self.values.edges.tolist(),
+            "float_counts": self.values.counts.tolist(),
+            "quantized_counts": self.quantized.counts.tolist(),
+            "float_below": self.values.below,
+            "float_above": self.values.above,
+            "quantized_below": self.quantized.below,
+            "quantized_above": self.quantized.above,
+            "error_edges": self.errors.edges.tolist(),
+            "error_counts": self.errors.counts.tolist(),
+            "error_below": self.errors.below,
+            "error_above": self.errors.above,
+            "error_unit": "steps" if self.step else "real",
+            "map_float_edges": self.map_edges.tolist(),
+            "map_quantized_edges": self.map_edges.tolist(),
+            "map_counts": self.map.tolist(),
+            "representable": None if qparams is None else list(qparams.representable_range()),
+            "saturated": (self.saturated / self.before).tolist() if self.before else None,
+            "count": self.count,
+            "nonfinite": self.values.nonfinite + self.quantized.nonfinite,
+        }
+
+
+def _empty(edges: NDArray[np.float64]) -> Histogram:
+    return Histogram(edges=edges, counts=np.zeros(edges.size - 1, np.int64))
+
+
+def _edges(low: float, high: float, qparams: QParams | None) -> NDArray[np.float64]:
+    """Bin edges over the observed range; between integer codes where there is one step size.
+
+    Bins of whole steps keep the codes from beating against the bins.
+    """
+    if qparams is None or not qparams.per_tensor or not float(qparams.scale) > 0:
+        margin = 0.02 * (high - low) or max(abs(low), 1.0) * 0.02
+        return np.linspace(low - margin, high + margin, HISTOGRAM_BINS + 1)
+    step = float(qparams.scale)
+    qmin, qmax = INTEGER_DTYPES[qparams.dtype]
+    zero = int(qparams.zero_point)
+    first = math.floor(low / step) - 1
+    last = math.ceil(high / step) + 1
+    # A range far wider than the data would leave the picture empty: show twice the data at most.
+    reach = max(last - first, 4)
+    first = min(first, max(qmin - zero, first - reach // 2))
+    last = max(last, min(qmax - zero, last + reach // 2))
+    per_bin = max(1, math.ceil((last - first) / HISTOGRAM_BINS))
+    bins = math.ceil((last - first + 1) / per_bin)
+    return np.asarray((first - 0.5 + per_bin * np.arange(bins + 1)) * step, np.float64)
+
+
+# -- feeds ---------------------------------------------------------------------------------------
+
+
+def preview_feed(
+    *, float_path: Path, inputs: FeedSource, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """What the model gets from the first feeds: count, notes, ranges, and for images the picture.
+
+    The picture is a PNG in base64; "" where the feeds are no images.
+    """
+    model = _open(Path(float_path))
+    progress(0.3, "reading the feeds")
+    feeds = open_feeds(inputs, model)
+    if not len(feeds):
+        raise FeedError(
+            f"{inputs.title or inputs.path} holds no samples", hint="Name a folder with feeds."
+        )
+    first = feeds[0]
+    ranges = []
+    for name, value in first.items():
+        numeric = value.dtype.kind in "fiub" and value.size
+        ranges.append(
+            {
+                "input": name,
+                "dtype": str(value.dtype),
+                "shape": list(value.shape),
+                "low": float(value.min()) if numeric else None,
+                "high": float(value.max()) if numeric else None,
+            }
+        )
+    picture = ""
+    if inputs.preprocess is not None or feeds.pictures:
+        pixels = feeds.picture(0)
+        if pixels is not None:
+            from PIL import Image
+
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, format="PNG")
+            picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+    result: dict[str, Any] = strict(
+        {
+            "samples": len(feeds),
+            "names": list(feeds.names[:200]),
+            "description": feeds.description,
+            "random": feeds.random,
+            "notes": list(feeds.notes),
+            "labels": feeds.labels is not None,
+            "ranges": ranges,
+            "picture_png": picture,
+        }
+    )
+    return result
+
+
+def require_model(path: Path) -> None:
+    """Refuses a path field's value that names no file.
+
+    Raises:
+        ModelError: there is no such file.
+    """
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", hint="Check the path and its spelling.")

@@ -1,0 +1,99 @@
+"""The main path in a real browser: see the collapse, exclude the node, re-quantize, same number."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from inspector.cli import main as cli_main
+from inspector.render import format_db
+from inspector.store import Workspace
+from tests.browser import CHROMIUM, chromium, running_app
+from tests.samples import ROOT
+
+SAMPLE = ROOT / "sample_models" / "digit-detector"
+PATIENCE = 90_000
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not Path(CHROMIUM).exists():
+        reason = f"no Chromium at {CHROMIUM} (Debian: apt-get install chromium)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    try:
+        yield context.new_page()
+    finally:
+        context.close()
+
+
+def tick_first_row(page: Page) -> None:
+    """The editor's grid is a canvas: focus its first cell and press Space."""
+    grid = page.get_by_test_id("stDataFrame").first
+    expect(grid).to_be_visible(timeout=PATIENCE)
+    box = grid.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 36, box["y"] + 36 + 16)
+    page.keyboard.press("Space")
+
+
+def test_a_user_sees_the_collapse_excludes_the_node_and_gets_the_command_lines_number(
+    page: Page, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    with running_app(data) as address:
+        page.goto(address)
+        expect(page.get_by_text("slice is silent")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator(".js-plotly-plot").first).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_text("Page not found")).to_have_count(0)
+
+        page.get_by_role("link", name="Exclusions").click()
+        tick_first_row(page)
+        expect(page.get_by_text("1 node to leave in float")).to_be_visible(timeout=PATIENCE)
+        page.get_by_role("button", name="Re-quantize").click()
+        expect(page.get_by_text("run 2").first).to_be_visible(timeout=PATIENCE)
+
+        workspace = Workspace(data)
+        (pair,) = workspace.pairs()
+        run = workspace.runs(pair.id)[-1]
+        assert run.exclusions == ("/head/Concat_3",)
+        report = tmp_path / "report.json"
+        code = cli_main(
+            ["compare", str(SAMPLE / "float.onnx"), str(run.model.path),
+             "--inputs", str(SAMPLE / "feeds"), "--json", str(report)]
+        )  # fmt: skip
+        assert code == 0
+        (output,) = json.loads(report.read_text())["outputs"]
+        for figure in ("sqnr_db", "worst_channel_sqnr_db"):
+            shown = page.get_by_text(format_db(output[figure]))
+            expect(shown.first).to_be_visible(timeout=PATIENCE)
+        assert output["worst_channel_sqnr_db"] > 10, "the scores are back"
+
+        page.reload()
+        expect(page.get_by_text("run 2").first).to_be_visible(timeout=PATIENCE)
+        assert re.search(r"run=[0-9a-f]{32}", page.url)
+
+
+@pytest.mark.parametrize("name", ["", "overview", "tensors", "exclusions", "models", "report"])
+def test_every_address_opens_its_page_directly(page: Page, tmp_path: Path, name: str) -> None:
+    with running_app(tmp_path) as address:
+        page.goto(f"{address}/{name}")
+        expect(page.get_by_text("digit-detector").first).to_be_visible(timeout=PATIENCE)
+        expect(page.get_by_text("Page not found")).to_have_count(0)
+        expect(page.get_by_test_id("stException")).to_have_count(0)

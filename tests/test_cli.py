@@ -1,0 +1,622 @@
+"""The command line: what it prints, what it writes, and its exit codes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from inspector.cli import _gate, main
+from inspector.compare import compare_models
+from inspector.feeds import load_feeds
+from inspector.model import load_model
+from inspector.render import comparison_json, strict
+from tests.samples import (
+    MODELS,
+    ROOT,
+    array,
+    boxes_and_scores_in_one_concat,
+    conv_relu_gemm,
+    floats,
+    model,
+    needs_models,
+    npz_folder,
+    save,
+)
+from tests.test_render import make_output
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with float.onnx, int8.onnx (made by the command line) and inputs/."""
+    folder = tmp_path_factory.mktemp("pair")
+    save(conv_relu_gemm(), folder / "float.onnx")
+    npz_folder(folder / "inputs", [{"x": floats((1, 3, 8, 8), seed)} for seed in range(10)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANT_INSPECTOR_DATA", str(folder / "data"))
+        words = ["quantize", "float.onnx", "-o", "int8.onnx", "--inputs", "inputs"]
+        patch.chdir(folder)
+        assert main(words) == 0
+    return folder
+
+
+@pytest.fixture
+def run(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Runs a command line in the pair's folder: exit code, stdout, stderr."""
+    monkeypatch.setenv("QUANT_INSPECTOR_DATA", str(pair / "data"))
+    monkeypatch.chdir(pair)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def call_process(*words: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "inspector.cli", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    return subprocess.Popen(command, env=env, **options)
+
+
+def assert_user_error(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit code 2, one error line with these parts, one hint line, nothing else."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith(("warning:", "note:"))]
+    assert len(lines) == 2, err
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+COMPARE = ("compare", "float.onnx", "int8.onnx", "--inputs", "inputs")
+
+
+def one_matmul() -> onnx.ModelProto:
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "matmul")
+    return model([node], [("x", [2, 8])], [("y", [2, 4])], [array("w", floats((8, 4)))])
+
+
+# ------------------------------------------------------------------------------- the program
+
+
+def test_help_loads_no_engine_and_answers_at_once() -> None:
+    code = (
+        "import sys, inspector.cli; inspector.cli.main(['--help']);"
+        "heavy = {'numpy', 'onnx', 'onnxruntime', 'rich', 'streamlit', 'plotly'} & {*sys.modules};"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("show", "compare", "quantize"):
+        assert f"\n  {command}" in done.stdout
+    assert time.perf_counter() - begin < 2  # 0.1 s on an idle machine
+
+
+def test_version_names_the_engine(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"quant-inspector .+ \(onnxruntime [\d.]+, onnx [\d.]+\)\n", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["compre"], "No such command 'compre'"),
+        (["compare"], "Missing argument 'FLOAT'"),
+        ([*COMPARE, "--tp", "3"], "No such option"),
+        ([*COMPARE, "--top", "-1"], "Invalid value for '--top'"),
+        ([*COMPARE, "--samples", "0"], "Invalid value for '--samples'"),
+        ([*COMPARE, "--simulated"], "--simulated says what --fail-under judges"),
+        ([*COMPARE, "--fail-under", "nan"], "--fail-under takes a number"),
+        ([*COMPARE, "--json", "-", "--csv", "-"], "only one of --json and --csv"),
+        ([*COMPARE, "--random", "2"], "exclude each other"),
+        (COMPARE[:3], "give --inputs PATH, or --random N"),
+        ([*COMPARE[:3], "--random", "2", "--samples", "1"], "--samples goes with --inputs"),
+        (["quantize", "float.onnx"], "Missing option '-o'"),
+        (["quantize", "float.onnx", "-o", "o.onnx"], "--format qdq needs feeds"),
+        (["quantize", "float.onnx", "-o", "o.onnx", "--percentile", "99"], "--method percentile"),
+    ],
+)
+def test_a_wrong_command_line_is_a_user_error(run: Run, words: Sequence[str], part: str) -> None:
+    assert_user_error(run(*words), part)
+    assert not Path("o.onnx").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error(pair: Path) -> None:
+    process = call_process(
+        "show", str(pair / "int8.onnx"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert b"Traceback" not in err
+    assert b"BrokenPipe" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_interrupting_ends_with_130_and_no_traceback(pair: Path, tmp_path: Path) -> None:
+    # The command waits for a recipe that never comes.
+    pipe = tmp_path / "recipe.json"
+    os.mkfifo(pipe)
+    path, out = str(pair / "float.onnx"), str(tmp_path / "o.onnx")
+    process = call_process(
+        "quantize", path, "-o", out, "--recipe", str(pipe), stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    os.close(writer)
+    assert process.returncode == 130
+    assert err.decode().strip() == "error: stopped"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_progress_is_drawn_on_a_terminal_only(pair: Path, run: Run) -> None:
+    import pty
+
+    words = ("compare", str(pair / "float.onnx"), str(pair / "int8.onnx"), "--random", "2")
+    near, far = pty.openpty()
+    process = call_process(*words, stdout=subprocess.DEVNULL, stderr=far, env={"TERM": "xterm"})
+    os.close(far)
+    drawn = b""
+    while True:
+        try:
+            chunk = os.read(near, 4096)
+        except OSError:  # the other side has closed
+            break
+        if not chunk:
+            break
+        drawn += chunk
+    os.close(near)
+    assert process.wait(60) == 0
+    assert b"comparing" in drawn
+    _, _, err = run(*words)
+    assert "comparing" not in err
+    assert "\x1b" not in err
+
+
+# ------------------------------------------------------------------------------------- show
+
+
+def test_show_describes_a_quantized_file(run: Run) -> None:
+    code, out, _ = run("show", "int8.onnx")
+    assert code == 0
+    lines = dict(re.findall(r"^(\w[\w ]*?)  +(.+)$", out, re.MULTILINE))
+    assert lines["file"] == "int8.onnx"
+    assert lines["format"] == "qdq"
+    assert lines["weights"] == "2 of 2 quantized"
+    assert lines["inputs"] == "x: float32[1, 3, 8, 8]"
+    assert lines["recipe"].startswith("format qdq, activation type int8, weight type int8")
+
+
+def test_show_of_a_float_file_has_no_recipe(run: Run) -> None:
+    code, out, _ = run("show", "float.onnx")
+    assert code == 0
+    assert "recipe" not in out
+    assert "0 of 5 quantized" in out
+
+
+def test_show_writes_strict_json(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("show", "int8.onnx", "--json", "-")
+    assert code == 0
+    data = json.loads(out)
+    assert data["quant_format"] == "qdq"
+    assert data["recipe"]["weight_type"] == "int8"
+    code, text, _ = run("show", "int8.onnx", "--json", tmp_path / "show.json")
+    assert json.loads((tmp_path / "show.json").read_text()) == data
+    assert text.startswith("file ")
+
+
+def test_files_that_are_no_models_are_user_errors(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "page.onnx"
+    page.write_text("<!DOCTYPE html><html></html>")
+    assert_user_error(run("show", page), "page.onnx is an HTML or XML page")
+    assert_user_error(run("show", "nowhere.onnx"), "nowhere.onnx does not exist")
+    assert_user_error(run("show", tmp_path), "is a folder, expected an ONNX file")
+
+
+# ---------------------------------------------------------------------------------- compare
+
+
+def test_compare_opens_with_the_finding_and_names_both_files(run: Run) -> None:
+    code, out, _ = run(*COMPARE)
+    assert code == 0
+    assert re.match(r"Output y \d+\.\d dB: nothing stands out\n", out)
+    for part in ("float.onnx", "int8.onnx", "10 samples", "Activations: worst", "Weights: worst"):
+        assert part in out
+
+
+def test_compare_names_the_slice_that_a_shared_scale_silenced(run: Run, tmp_path: Path) -> None:
+    save(boxes_and_scores_in_one_concat(), tmp_path / "m.onnx")
+    feeds = npz_folder(tmp_path / "in", [{"x": floats((1, 3, 6, 6), seed)} for seed in range(4)])
+    path, out = tmp_path / "m.onnx", tmp_path / "q.onnx"
+    assert run("quantize", path, "-o", out, "--inputs", feeds)[0] == 0
+    code, text, _ = run("compare", path, out, "--inputs", feeds)
+    assert code == 0
+    first = text.splitlines()[0]
+    assert re.fullmatch(
+        r"Output y: \d\d\.\d dB pooled, but the scores slice (is silent|is noise|has only) ?.*"
+        r": 3 of 7 channels carry no signal",
+        first,
+    ), first
+    assert "Slices far below the whole" in text
+
+
+def test_compare_writes_the_numbers_of_the_library(run: Run, pair: Path, tmp_path: Path) -> None:
+    code, _, _ = run(*COMPARE, "--json", tmp_path / "c.json", "--csv", tmp_path / "c.csv")
+    assert code == 0
+    data = json.loads((tmp_path / "c.json").read_text())
+    reference = load_model(pair / "float.onnx")
+    expected = comparison_json(
+        compare_models(
+            reference,
+            load_model(pair / "int8.onnx"),
+            load_feeds(pair / "inputs", reference),
+            measure_latency=False,
+        )
+    )
+    for key in ("weights", "activations", "outputs", "unmatched", "samples", "headline"):
+        assert data[key] == expected[key]
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "c.csv").read_bytes().decode())))
+    (output,) = (row for row in rows if row["kind"] == "output")
+    assert float(output["sqnr_db"]) == expected["outputs"][0]["sqnr_db"]
+
+
+def test_json_on_stdout_stands_alone(run: Run) -> None:
+    code, out, _ = run(*COMPARE, "--json", "-")
+    assert code == 0
+    assert json.loads(out)["format"] == "quant-inspector/comparison"
+    code, out, _ = run(*COMPARE, "--csv", "-")
+    assert out.startswith("kind,name,node,")
+
+
+def test_samples_limits_the_feeds(run: Run) -> None:
+    _, out, _ = run(*COMPARE, "--samples", "3", "--json", "-")
+    assert json.loads(out)["samples"] == 3
+
+
+def test_random_feeds_are_marked_wherever_their_numbers_appear(run: Run) -> None:
+    words = (*COMPARE[:3], "--random", "3", "--seed", "7")
+    _, out, _ = run(*words)
+    assert out.splitlines()[0].endswith("(random feeds)")
+    assert "3 samples, random feeds, no data" in out
+    _, out, _ = run(*words, "--json", "-")
+    data = json.loads(out)
+    assert data["random_feeds"] is True
+    _, again, _ = run(*words, "--json", "-")
+    assert json.loads(again)["outputs"] == data["outputs"]
+
+
+def test_calibration_tells_seen_from_unseen(run: Run, tmp_path: Path) -> None:
+    calibration = npz_folder(tmp_path, [{"x": floats((1, 3, 8, 8), 0)}])
+    _, out, _ = run(*COMPARE, "--calibration", calibration, "--json", "-")
+    data = json.loads(out)
+    assert data["seen"] == "mixed"
+    assert isinstance(data["outputs"][0]["seen_sqnr_db"], float)
+    _, out, _ = run(*COMPARE, "--json", "-")
+    assert json.loads(out)["seen"] == "unknown"
+
+
+def test_warnings_go_to_stderr_and_into_the_json(run: Run, tmp_path: Path) -> None:
+    unnamed = conv_relu_gemm()
+    unnamed.graph.node[0].name = ""
+    path = save(unnamed, tmp_path / "unnamed.onnx")
+    code, out, err = run("compare", path, "int8.onnx", "--inputs", "inputs", "--json", "-")
+    assert code == 0
+    warnings = json.loads(out)["warnings"]
+    assert any("1 of 5 nodes have no name" in warning for warning in warnings)
+    assert err.splitlines() == [f"warning: {warning}" for warning in warnings]
+
+
+def test_the_gate_passes_and_fails_by_exit_code(run: Run) -> None:
+    assert run(*COMPARE, "--fail-under", "5")[0] == 0
+    code, out, err = run(*COMPARE, "--fail-under", "300")
+    assert code == 1
+    assert out.startswith("Output y")
+    assert re.search(r"gate failed: output y has .* dB deployed, wanted at least 300.0 dB", err), (
+        err
+    )
+    code, _, err = run(*COMPARE, "--fail-under", "300", "--simulated")
+    assert code == 1
+    assert " simulated, wanted" in err
+
+
+def test_the_gate_judges_deployed_outputs_unless_told_otherwise() -> None:
+    output = make_output("y", 30.0, deployed_sqnr_db=10.0)
+    assert len(_gate([output], 20.0, simulated=False)) == 1
+    assert _gate([output], 20.0, simulated=True) == []
+    assert _gate([output], 10.0, simulated=False) == []
+
+
+def test_the_gate_fails_on_nan_and_on_nothing_to_judge() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert len(_gate([make_output("y", nan)], -inf, simulated=False)) == 1
+    assert _gate([make_output("y", inf)], 99.0, simulated=False) == []
+    assert len(_gate([], 0.0, simulated=False)) == 1
+
+
+def test_swapped_and_equal_models_are_user_errors(run: Run) -> None:
+    assert_user_error(run("compare", "int8.onnx", "float.onnx", "--inputs", "inputs"), "swapped")
+    assert_user_error(run("compare", "float.onnx", "float.onnx", "--random", "1"), "same bytes")
+
+
+def test_feeds_that_do_not_fit_are_user_errors(run: Run, tmp_path: Path) -> None:
+    assert_user_error(run(*COMPARE[:3], "--inputs", tmp_path / "none"), "does not exist")
+    (tmp_path / "empty").mkdir()
+    assert_user_error(run(*COMPARE[:3], "--inputs", tmp_path / "empty"))
+    wrong = npz_folder(tmp_path / "wrong", [{"image": floats((1, 3, 8, 8))}])
+    assert_user_error(run(*COMPARE[:3], "--inputs", wrong), "00.npz")
+
+
+def test_results_are_never_written_over_inputs(run: Run, pair: Path) -> None:
+    before = {name: (pair / name).read_bytes() for name in ("float.onnx", "int8.onnx")}
+    assert_user_error(run(*COMPARE, "--json", "int8.onnx"), "would be overwritten")
+    assert_user_error(
+        run("quantize", "float.onnx", "-o", "./float.onnx", "--inputs", "inputs"),
+        "would be overwritten",
+    )
+    assert {name: (pair / name).read_bytes() for name in before} == before
+
+
+def test_a_result_that_cannot_be_written_is_a_user_error(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "no" / "such" / "c.json"
+    assert_user_error(run("show", "float.onnx", "--json", target), "cannot be written")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------- quantize
+
+QUANTIZE = ("quantize", "float.onnx", "--inputs", "inputs", "-o")
+
+
+def test_quantize_writes_a_model_and_compares_it(run: Run, tmp_path: Path) -> None:
+    out_file = tmp_path / "q.onnx"
+    code, out, _ = run(*QUANTIZE, out_file)
+    assert code == 0
+    assert out.startswith(f"wrote {out_file}\n")
+    assert "Output y" in out
+    # Ten feeds: five calibrate.
+    assert "10 samples, partly seen in calibration" in out
+    onnx.checker.check_model(onnx.load(out_file))
+
+
+def test_quantize_says_which_figures_are_seen(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run(*QUANTIZE, tmp_path / "a.onnx", "--samples", "4", "--json", "-")
+    assert json.loads(out)["seen"] == "seen"
+    _, out, _ = run(*QUANTIZE, tmp_path / "b.onnx", "--calibration-samples", "2", "--json", "-")
+    data = json.loads(out)
+    assert data["seen"] == "mixed"
+    (output,) = data["outputs"]
+    assert output["seen_sqnr_db"] != output["unseen_sqnr_db"]
+
+
+def test_dynamic_quantization_needs_no_feeds(run: Run, tmp_path: Path) -> None:
+    path = save(one_matmul(), tmp_path / "m.onnx")
+    code, out, _ = run("quantize", path, "-o", tmp_path / "d.onnx", "--format", "dynamic")
+    assert code == 0
+    assert out == f"wrote {tmp_path / 'd.onnx'}\n"
+    code, out, _ = run("show", tmp_path / "d.onnx", "--json", "-")
+    assert json.loads(out)["quant_format"] == "dynamic"
+    words = ("quantize", path, "-o", tmp_path / "e.onnx", "--format", "dynamic", "--random", "2")
+    _, out, _ = run(*words, "--json", "-")
+    assert json.loads(out)["seen"] == "unseen"
+
+
+def test_excluded_nodes_stay_float_and_the_effect_is_told(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(*QUANTIZE, tmp_path / "q.onnx", "--exclude", "gemm")
+    assert code == 0
+    assert re.search(r"^  gemm: ", out, re.MULTILINE)
+    gemm = load_model(tmp_path / "q.onnx").node_by_name["gemm"]
+    assert gemm.inputs[1] == "gw"
+
+
+def test_a_pattern_is_expanded_and_shown(run: Run, tmp_path: Path) -> None:
+    _, _, err = run(*QUANTIZE, tmp_path / "p.onnx", "--exclude", "g*mm")
+    assert "g*mm stands for gemm" in err
+    run(*QUANTIZE, tmp_path / "n.onnx", "--exclude", "gemm")
+    assert (tmp_path / "p.onnx").read_bytes() == (tmp_path / "n.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("gem", "'gemm'"), ("", "empty"), ("z*", "z*"), ("none.json", "none.json")],
+)
+def test_an_exclusion_that_means_nothing_is_a_user_error(
+    run: Run, tmp_path: Path, name: str, part: str
+) -> None:
+    assert_user_error(run(*QUANTIZE, tmp_path / "q.onnx", "--exclude", name), part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_list_reproduces_the_model(run: Run, tmp_path: Path) -> None:
+    words = ("--exclude", "gemm", "--per-channel", "--activation-type", "uint8")
+    listed = tmp_path / "list.json"
+    code, _, _ = run(*QUANTIZE, tmp_path / "a.onnx", *words, "--save-exclusions", listed)
+    assert code == 0
+    data = json.loads(listed.read_text())
+    assert data["format"] == "quant-inspector/exclusions"
+    assert [(n["name"], n["op_type"], n["outputs"]) for n in data["nodes"]] == [
+        ("gemm", "Gemm", ["y"])
+    ]
+    assert data["recipe"]["per_channel"] is True
+    assert data["measured"]["samples"] == 10
+    assert isinstance(data["measured"]["output_sqnr_db"]["after"], float)
+    code, _, err = run(*QUANTIZE, tmp_path / "b.onnx", "--exclude", listed)
+    assert code == 0
+    assert f"note: the recipe is the one in {listed}" in err
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_reasons_in_a_list_are_kept(run: Run, tmp_path: Path) -> None:
+    listed = tmp_path / "list.json"
+    entry = {"name": "gemm", "reason": "too few steps", "output_sqnr_gain_db": 3.5}
+    listed.write_text(
+        json.dumps({"format": "quant-inspector/exclusions", "version": 1, "nodes": [entry]})
+    )
+    saved = tmp_path / "saved.json"
+    code, _, err = run(
+        *QUANTIZE, tmp_path / "q.onnx", "--exclude", listed, "--save-exclusions", saved
+    )
+    assert code == 0
+    assert "does not say which model it was made for" in err
+    (node,) = json.loads(saved.read_text())["nodes"]
+    assert (node["reason"], node["output_sqnr_gain_db"]) == ("too few steps", 3.5)
+
+
+def test_a_list_for_another_model_is_refused_unless_accepted(run: Run, tmp_path: Path) -> None:
+    listed = tmp_path / "list.json"
+    data = {
+        "format": "quant-inspector/exclusions",
+        "version": 1,
+        "float_model": {"name": "other.onnx", "sha256": "00" * 32},
+        "nodes": [{"name": "gemm"}],
+    }
+    listed.write_text(json.dumps(data))
+    words = (*QUANTIZE, tmp_path / "q.onnx", "--exclude", listed)
+    assert_user_error(run(*words), "other.onnx")
+    assert run(*words, "--accept-other-model")[0] == 0
+
+
+def test_lists_with_different_recipes_need_one_to_be_named(run: Run, tmp_path: Path) -> None:
+    paths = []
+    for dtype in ("int8", "uint8"):
+        path = tmp_path / f"{dtype}.json"
+        data = {
+            "format": "quant-inspector/exclusions",
+            "version": 1,
+            "nodes": [{"name": "gemm"}],
+            "recipe": {"activation_type": dtype},
+        }
+        path.write_text(json.dumps(data))
+        paths += ["--exclude", path]
+    assert_user_error(run(*QUANTIZE, tmp_path / "q.onnx", *paths), "different recipes")
+    recipe = tmp_path / "int8.json"
+    assert run(*QUANTIZE, tmp_path / "q.onnx", *paths, "--recipe", recipe)[0] == 0
+
+
+def test_a_recipe_is_read_from_json_and_options_win(run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"activation_type": "uint8", "per_channel": True}))
+    saved = tmp_path / "list.json"
+    words = (*QUANTIZE, tmp_path / "q.onnx", "--recipe", recipe, "--no-per-channel")
+    words += ("--op-types", "Conv, Relu", "--op-types", "Gemm", "--save-exclusions", saved)
+    assert run(*words)[0] == 0
+    used = json.loads(saved.read_text())["recipe"]
+    assert used["activation_type"] == "uint8"
+    assert used["per_channel"] is False
+    assert used["op_types"] == ["Conv", "Relu", "Gemm"]
+
+
+def test_the_recipe_of_a_quantized_model_makes_it_again(run: Run, tmp_path: Path) -> None:
+    code, _, _ = run(*QUANTIZE, tmp_path / "q.onnx", "--recipe", "int8.onnx")
+    assert code == 0
+    assert (tmp_path / "q.onnx").read_bytes() == Path("int8.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no recipe"),
+        ('{"recipe": null}', "holds no recipe"),
+        ('{"per_chanel": true}', "'per_channel'"),
+        ('{"method": "magic"}', "magic"),
+    ],
+)
+def test_a_bad_recipe_is_a_user_error(run: Run, tmp_path: Path, text: str, part: str) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(text)
+    assert_user_error(run(*QUANTIZE, tmp_path / "q.onnx", "--recipe", recipe), part)
+    assert_user_error(run(*QUANTIZE, tmp_path / "q.onnx", "--recipe", "none.json"), "none.json")
+
+
+def test_a_dynamic_model_is_compared_too(run: Run, tmp_path: Path) -> None:
+    path = save(one_matmul(), tmp_path / "m.onnx")
+    quantize_dynamic(path, tmp_path / "d.onnx", weight_type=QuantType.QInt8)
+    code, out, _ = run("compare", path, tmp_path / "d.onnx", "--random", "2", "--json", "-")
+    assert code == 0
+    assert json.loads(out)["quantized_model"]["quant_format"] == "dynamic"
+
+
+# ------------------------------------------------------------------------------- real models
+
+
+@needs_models
+def test_a_real_detector_gives_the_known_figure_and_fails_its_gate(run: Run) -> None:
+    folder = MODELS / "fastestdet"
+    words = ("compare", folder / "model.onnx", folder / "ort_static_qdq.onnx")
+    words += ("--inputs", folder / "inputs", "--fail-under", "20", "--json", "-")
+    code, out, err = run(*words)
+    assert code == 1
+    data = json.loads(out)
+    (output,) = data["outputs"]
+    assert output["sqnr_db"] == pytest.approx(10.58, abs=0.02)
+    assert output["deployed_sqnr_db"] == pytest.approx(10.30, abs=0.1)
+    assert data["headline"].startswith("Output 758 10.6 dB: ")
+    assert "gate failed: output 758 has 10." in err
+
+
+@needs_models
+def test_excluding_on_a_real_detector_is_reproduced_by_the_saved_list(
+    run: Run, tmp_path: Path
+) -> None:
+    folder = MODELS / "fastestdet"
+    words = ("quantize", folder / "model.onnx", "--inputs", folder / "inputs", "--top", "0")
+    listed = tmp_path / "list.json"
+    save_to = ("--save-exclusions", listed)
+    code, out, _ = run(*words, "-o", tmp_path / "a.onnx", "--exclude", "Conv_2??", *save_to)
+    assert code == 0
+    assert "Output 758" in out
+    assert len(json.loads(listed.read_text())["nodes"]) > 3
+    assert run(*words, "-o", tmp_path / "b.onnx", "--exclude", listed)[0] == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_every_figure_in_the_json_is_strict(run: Run, tmp_path: Path) -> None:
+    # Zeros make tensors without signal or without error, and so infinities.
+    feeds = npz_folder(tmp_path / "in", [{"x": np.zeros((1, 3, 8, 8), np.float32)}] * 2)
+    _, out, _ = run(*COMPARE[:3], "--inputs", feeds, "--json", "-")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    data = json.loads(out, parse_constant=refuse)
+    assert strict(data) == data

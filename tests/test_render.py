@@ -1,0 +1,804 @@
+"""What the renderers say, on constructed records: every headline has its planted cause."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inspector import render
+from inspector.comparison import (
+    ActivationError,
+    Comparison,
+    Latency,
+    ModelFile,
+    OutputError,
+    SliceError,
+    Task,
+    Unmatched,
+    WeightError,
+)
+from inspector.errors import ReportError
+
+INF = math.inf
+NAN = math.nan
+
+
+def make_output(name: str = "logits", sqnr_db: float = 29.1, **changes: Any) -> OutputError:
+    channels = changes.pop("channel_sqnr_db", ())
+    samples = changes.pop("per_sample_sqnr_db", (sqnr_db, sqnr_db))
+    lowest = min(range(len(samples)), key=lambda i: samples[i])
+    fields: dict[str, Any] = {
+        "name": name,
+        "sqnr_db": sqnr_db,
+        "deployed_sqnr_db": sqnr_db,
+        "seen_sqnr_db": None,
+        "unseen_sqnr_db": None,
+        "worst_channel_sqnr_db": min(channels, default=NAN),
+        "median_channel_sqnr_db": sorted(channels)[(len(channels) - 1) // 2] if channels else NAN,
+        "worst_channel": channels.index(min(channels)) if channels else None,
+        "channel_axis": 1 if channels else None,
+        "channel_sqnr_db": channels,
+        "slices": (),
+        "median_sample_sqnr_db": sorted(samples)[(len(samples) - 1) // 2],
+        "worst_sample_sqnr_db": samples[lowest],
+        "worst_sample": f"{lowest:02}.npz",
+        "per_sample_sqnr_db": samples,
+        "cosine_similarity": 0.999,
+        "max_abs_error": 0.25,
+        "deployed_differs": False,
+    }
+    return OutputError(**{**fields, **changes})
+
+
+def make_activation(
+    name: str, depth: int, accumulated: float, local: float | None = 45.0, **changes: Any
+) -> ActivationError:
+    fields: dict[str, Any] = {
+        "name": name,
+        "node": f"/{name}/Conv",
+        "op_type": "Conv",
+        "depth": depth,
+        "quantized_name": f"{name}_DequantizeLinear_Output",
+        "dtype": "int8",
+        "shape": (1, 4, 8, 8),
+        "scale": 0.02,
+        "zero_point": -3,
+        "local_sqnr_db": local,
+        "accumulated_sqnr_db": accumulated,
+        "worst_channel_sqnr_db": NAN,
+        "median_channel_sqnr_db": NAN,
+        "worst_channel": None,
+        "channel_axis": None,
+        "channel_sqnr_db": (),
+        "channel_low": (),
+        "channel_high": (),
+        "slices": (),
+        "cosine_similarity": 0.99,
+        "mse": 1e-4,
+        "max_abs_error": 0.1,
+        "saturated_fraction": 0.0,
+        "saturated_low_fraction": 0.0,
+        "saturated_high_fraction": 0.0,
+        "observed_low": -1.0,
+        "observed_high": 4.0,
+        "representable_low": -1.1,
+        "representable_high": 4.0,
+        "nonfinite_float": 0,
+        "nonfinite_quantized": 0,
+        "is_output": False,
+        "matched_by": "name",
+    }
+    return ActivationError(**{**fields, **changes})
+
+
+def make_weight(name: str, node: str, sqnr_db: float = 42.0, **changes: Any) -> WeightError:
+    fields: dict[str, Any] = {
+        "name": name,
+        "node": node,
+        "op_type": "Conv",
+        "kind": "weight",
+        "quantized_name": f"{name}_quantized",
+        "dtype": "int8",
+        "shape": (2, 3, 3, 3),
+        "axis": 0,
+        "channel_axis": 0,
+        "scale": (0.01, 0.02),
+        "zero_point": (0, 0),
+        "sqnr_db": sqnr_db,
+        "worst_channel_sqnr_db": sqnr_db,
+        "median_channel_sqnr_db": sqnr_db + 1,
+        "worst_channel": 0,
+        "channel_sqnr_db": (sqnr_db, sqnr_db + 1),
+        "channel_absmax": (1.27, 2.54),
+        "max_abs_error": 0.01,
+        "mse": 1e-5,
+        "cosine_similarity": 0.9999,
+        "matched_by": "name",
+    }
+    return WeightError(**{**fields, **changes})
+
+
+def make_comparison(*outputs: OutputError, **changes: Any) -> Comparison:
+    fields: dict[str, Any] = {
+        "float_model": ModelFile(
+            path="model.onnx", sha256="ab" * 32, size_bytes=1_200_000, quant_format="float"
+        ),
+        "quantized_model": ModelFile(
+            path="int8.onnx", sha256="cd" * 32, size_bytes=400_000, quant_format="qdq"
+        ),
+        "samples": 2,
+        "sample_names": ("00.npz", "01.npz"),
+        "random_feeds": False,
+        "seen": "unseen",
+        "weights": (),
+        "activations": (),
+        "outputs": outputs,
+        "unmatched": (),
+        "task": None,
+        "latency": None,
+        "warnings": (),
+    }
+    return Comparison(**{**fields, **changes})
+
+
+CHAIN = (
+    make_activation("input", -1, 45.0, node="", op_type="Input"),
+    make_activation("a", 0, 41.0),
+    make_activation("b", 1, 38.0),
+    make_activation("c", 2, 36.0),
+)
+
+
+def test_headline_of_a_healthy_model_accuses_nothing() -> None:
+    output = make_output(channel_sqnr_db=(26.0, 27.5, 31.0))
+    comparison = make_comparison(output, activations=CHAIN)
+    assert render.headline(comparison) == "Output logits 29.1 dB: nothing stands out"
+    assert render.find_headline(comparison).severity == "fine"
+
+
+def test_headline_of_a_silenced_concat_slice_names_the_slice_and_its_channels() -> None:
+    boxes = SliceError(source="boxes", start=0, stop=4, sqnr_db=31.3, absmax=640.0)
+    scores = SliceError(source="scores", start=4, stop=14, sqnr_db=0.0, absmax=0.98)
+    output = make_output(
+        "output0", 31.2, slices=(boxes, scores), channel_sqnr_db=(31.0,) * 4 + (0.0,) * 10
+    )
+    found = render.find_headline(make_comparison(output, activations=CHAIN))
+    assert found.sentence == (
+        "Output output0: 31.2 dB pooled, but the scores slice is silent (0.0 dB): "
+        "10 of 14 channels carry no signal"
+    )
+    assert (found.severity, found.tensor) == ("problem", "output0")
+
+
+def test_headline_counts_further_low_slices() -> None:
+    slices = tuple(
+        SliceError(source=f"head{i}", start=i, stop=i + 1, sqnr_db=db, absmax=1.0)
+        for i, db in enumerate((40.0, 12.0, -3.0))
+    )
+    text = render.headline(make_comparison(make_output("y", 39.0, slices=slices)))
+    assert (
+        text == "Output y: 39.0 dB pooled, but the head2 slice (and 1 more of 3) is noise (-3.0 dB)"
+    )
+
+
+def test_headline_names_silent_channels_where_no_concat_is_known() -> None:
+    output = make_output("y", 31.2, channel_sqnr_db=(33.0, 31.0, 0.0, 30.0))
+    assert render.headline(make_comparison(output)) == (
+        "Output y: 31.2 dB pooled, but 1 of 4 channels carries no signal (channel 2: 0.0 dB)"
+    )
+
+
+def test_headline_names_a_channel_hidden_by_the_pooled_figure() -> None:
+    output = make_output("y", 31.2, channel_sqnr_db=(33.0, 4.6, 30.0))
+    text = render.headline(make_comparison(output))
+    assert text == "Output y: 31.2 dB pooled, but channel 1 of 3 has only 4.6 dB"
+
+
+def test_headline_forgives_softmax_tails() -> None:
+    softmax = make_activation("p", 3, 31.2, op_type="Softmax", is_output=True)
+    output = make_output("p", 31.2, channel_sqnr_db=(33.0, 0.0, 0.0))
+    text = render.headline(make_comparison(output, activations=(*CHAIN, softmax)))
+    assert text == "Output p 31.2 dB: nothing stands out"
+
+
+def test_headline_forgives_channels_that_are_zero_in_the_float_model() -> None:
+    output = make_output("y", 31.2, channel_sqnr_db=(33.0, -INF, INF))
+    assert render.headline(make_comparison(output)).endswith("nothing stands out")
+
+
+def test_headline_names_a_sample_hidden_by_the_pooled_figure() -> None:
+    output = make_output("y", 24.5, per_sample_sqnr_db=(49.0, 3.0))
+    text = render.headline(make_comparison(output))
+    assert text == "Output y: 24.5 dB pooled, but sample 01.npz has only 3.0 dB"
+
+
+def test_headline_names_the_cliff_and_its_weight() -> None:
+    cliff = make_activation("cliff", 3, 12.4)
+    after = make_activation("after", 4, 12.0)
+    comparison = make_comparison(
+        make_output("y", 11.9),
+        activations=(*CHAIN, cliff, after),
+        weights=(make_weight("w0", "/a/Conv"), make_weight("w3", "/cliff/Conv", 12.6)),
+    )
+    found = render.find_headline(comparison)
+    assert found.sentence == (
+        "Output y 11.9 dB: largest error added at /cliff/Conv (12.4 dB), "
+        "where weight w3 has 12.6 dB"
+    )
+    assert (found.severity, found.tensor) == ("look", "cliff")
+
+
+def test_headline_names_the_tensor_whose_own_steps_are_too_coarse() -> None:
+    coarse = make_activation("coarse", 3, 8.0, 8.1)
+    comparison = make_comparison(make_output("y", 7.5), activations=(*CHAIN, coarse))
+    assert render.headline(comparison) == (
+        "Output y 7.5 dB: largest error added at /coarse/Conv (8.0 dB), "
+        "whose own int8 steps leave 8.1 dB"
+    )
+
+
+def test_headline_names_clipping() -> None:
+    clipped = make_activation("clipped", 3, 8.0, 8.1, saturated_fraction=0.12)
+    comparison = make_comparison(make_output("y", 7.5), activations=(*CHAIN, clipped))
+    assert render.headline(comparison).endswith(
+        "at /clipped/Conv (8.0 dB), where 12.0 % of the values are clipped"
+    )
+
+
+def test_headline_does_not_accuse_a_healthy_branch_after_a_bad_one() -> None:
+    # Two branches in turns: `bad` adds the error, `carrier` only hands it on.
+    activations = (
+        make_activation("bad", 0, 12.0, 12.1),
+        make_activation("good", 1, 40.0),
+        make_activation("carrier", 2, 11.8),
+    )
+    found = render.find_headline(make_comparison(make_output("y", 11.0), activations=activations))
+    assert found.tensor == "bad"
+
+
+def test_headline_says_when_the_error_is_spread_out() -> None:
+    slow = tuple(make_activation(f"t{i}", i, 40.0 - 1.5 * i, 60.0) for i in range(16))
+    text = render.headline(make_comparison(make_output("y", 17.0), activations=slow))
+    assert text == ("Output y 17.0 dB: the error is spread over many tensors, none stands out")
+
+
+def test_headline_of_equal_models_is_exact() -> None:
+    comparison = make_comparison(make_output("y", INF), activations=CHAIN)
+    assert render.headline(comparison) == "Output y is exact: both models give the same values"
+    two = make_comparison(make_output("y", INF), make_output("z", INF))
+    assert render.headline(two) == "All 2 outputs are exact: both models give the same values"
+
+
+def test_headline_of_a_nan_output_names_the_first_bad_node() -> None:
+    activations = (
+        *CHAIN,
+        make_activation("late", 9, NAN, nonfinite_quantized=5),
+        make_activation("bad", 7, NAN, nonfinite_quantized=5),
+    )
+    output = make_output("y", NAN, per_sample_sqnr_db=(30.0, NAN))
+    found = render.find_headline(make_comparison(output, activations=activations))
+    assert found.sentence == (
+        "Output y: the quantized model gives NaN or infinity on 1 of 2 samples, first at /bad/Conv"
+    )
+    assert found.tensor == "bad"
+
+
+def test_headline_blames_the_float_model_for_its_own_nan() -> None:
+    own = make_activation("y", 3, NAN, nonfinite_float=1, nonfinite_quantized=1, is_output=True)
+    comparison = make_comparison(make_output("y", NAN), activations=(own,))
+    assert "the float model itself gives NaN or infinity" in render.headline(comparison)
+
+
+def test_headline_without_outputs_says_so_and_still_names_the_error() -> None:
+    lost = Unmatched(name="y", kind="output", model="float", reason="shapes differ")
+    cliff = make_activation("cliff", 3, 5.0, 5.1)
+    comparison = make_comparison(activations=(*CHAIN, cliff), unmatched=(lost,))
+    assert render.headline(comparison) == (
+        "No output of the two models could be compared: shapes differ; "
+        "largest error added at /cliff/Conv (5.0 dB), whose own int8 steps leave 5.1 dB"
+    )
+    assert render.headline(make_comparison()) == "No output of the two models could be compared"
+
+
+def test_headline_shows_what_only_the_deployed_kernels_break() -> None:
+    text = render.headline(make_comparison(make_output("y", 29.1, deployed_sqnr_db=4.0)))
+    assert text == "Output y: 29.1 dB simulated, but 4.0 dB deployed, with the kernels that ship"
+
+
+def test_headline_shows_accuracy_lost_behind_a_good_sqnr() -> None:
+    task = Task(output="y", samples=20, top1_float=1.0, top1_quantized=0.45, top1_agreement=0.45)
+    text = render.headline(make_comparison(make_output("y", 29.1), task=task))
+    assert text == "Output y 29.1 dB, but top-1 falls from 100.0 % to 45.0 %"
+
+
+def test_headline_forgives_one_sample_of_top1() -> None:
+    task = Task(output="y", samples=24, top1_float=1.0, top1_quantized=23 / 24, top1_agreement=0.9)
+    text = render.headline(make_comparison(make_output("y", 29.1), task=task))
+    assert text.endswith("nothing stands out")
+
+
+def test_headline_is_about_the_worst_of_several_outputs_and_marks_random_feeds() -> None:
+    comparison = make_comparison(
+        make_output("boxes", 43.3), make_output("scores", 25.0), random_feeds=True
+    )
+    assert render.headline(comparison) == (
+        "Output scores 25.0 dB: nothing stands out (worst of 2 outputs) (random feeds)"
+    )
+
+
+def test_a_broken_output_outranks_a_weak_sample_of_another() -> None:
+    weak = make_output("weak", 24.5, per_sample_sqnr_db=(49.0, 3.0))
+    text = render.headline(make_comparison(weak, make_output("broken", 2.0)))
+    assert text.startswith("Output broken 2.0 dB: ")
+    silent = make_output("silent", 31.2, channel_sqnr_db=(31.0, 0.0))
+    text = render.headline(make_comparison(make_output("broken", 2.0), silent))
+    assert text.startswith("Output silent: 31.2 dB pooled, but 1 of 2 channels carries no signal")
+
+
+# ------------------------------------------------------------------------------------- JSON
+
+# What the format promises; more keys may come, none may go.
+KEYS = (
+    "format version made_with float_model quantized_model samples random_feeds optimization "
+    "weights activations outputs task latency_ms unmatched warnings"
+)
+WEIGHT_KEYS = (
+    "name node quantized_name dtype axis scale zero_point sqnr_db worst_channel_sqnr_db "
+    "median_channel_sqnr_db max_abs_error mse cosine_similarity matched_by"
+)
+ACTIVATION_KEYS = (
+    "name node quantized_name dtype scale zero_point local_sqnr_db accumulated_sqnr_db "
+    "worst_channel_sqnr_db median_channel_sqnr_db cosine_similarity mse max_abs_error "
+    "saturated_fraction matched_by"
+)
+OUTPUT_KEYS = (
+    "name sqnr_db worst_channel_sqnr_db median_channel_sqnr_db median_sample_sqnr_db "
+    "worst_sample_sqnr_db deployed_sqnr_db cosine_similarity max_abs_error per_sample_sqnr_db"
+)
+
+
+def full_comparison() -> Comparison:
+    return make_comparison(
+        make_output("y", 11.9, channel_sqnr_db=(10.0, INF)),
+        activations=CHAIN,
+        weights=(make_weight("w", "/a/Conv"),),
+        unmatched=(Unmatched(name="u", kind="weight", model="float", reason="fused into w"),),
+        task=Task(output="y", samples=2, top1_float=1.0, top1_quantized=0.5, top1_agreement=0.5),
+        latency=Latency(
+            float_seconds=0.0028,
+            quantized_seconds=0.0064,
+            float_spread_seconds=1e-4,
+            quantized_spread_seconds=2e-4,
+            runs=9,
+        ),
+        warnings=("a thing to know",),
+    )
+
+
+def test_json_has_every_promised_key() -> None:
+    data = render.comparison_json(full_comparison())
+    assert data["format"] == "quant-inspector/comparison"
+    assert data["version"] == 1
+    assert data["optimization"] == "disabled"
+    assert set(KEYS.split()) <= data.keys()
+    assert set(WEIGHT_KEYS.split()) <= data["weights"][0].keys()
+    assert set(ACTIVATION_KEYS.split()) <= data["activations"][0].keys()
+    assert set(OUTPUT_KEYS.split()) <= data["outputs"][0].keys()
+    assert {"path", "sha256"} <= data["float_model"].keys()
+    assert {"path", "sha256", "quant_format"} <= data["quantized_model"].keys()
+    assert {"top1_float", "top1_quantized", "top1_agreement"} <= data["task"].keys()
+    assert data["latency_ms"] == {"float": pytest.approx(2.8), "quantized": pytest.approx(6.4)}
+    assert data["unmatched"] == [
+        {"name": "u", "kind": "weight", "model": "float", "reason": "fused into w"}
+    ]
+
+
+def test_json_holds_channels_only_with_detail() -> None:
+    short, long = (render.comparison_json(full_comparison(), detail=d) for d in (False, True))
+    assert "channel_sqnr_db" not in short["weights"][0]
+    assert long["weights"][0]["channel_sqnr_db"] == [42.0, 43.0]
+    assert long["outputs"][0]["channel_sqnr_db"] == [10.0, "Infinity"]
+
+
+def test_json_without_labels_and_timing_says_null() -> None:
+    data = render.comparison_json(make_comparison(make_output()))
+    assert data["task"] is None
+    assert data["latency_ms"] is None
+
+
+def test_dumped_json_is_strict() -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = render.dump_json({"a": [INF, -INF, NAN], "b": (1, 2.5), "c": None, "d": True})
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": ["Infinity", "-Infinity", "NaN"],
+        "b": [1, 2.5],
+        "c": None,
+        "d": True,
+    }
+
+
+def test_dumped_json_takes_numpy_values() -> None:
+    import numpy as np
+
+    value = {"a": np.float32(0.5), "b": np.array([1, 2]), "c": np.float64("nan"), "d": np.True_}
+    assert json.loads(render.dump_json(value)) == {"a": 0.5, "b": [1, 2], "c": "NaN", "d": True}
+
+
+def test_dumping_an_unknown_object_is_an_error() -> None:
+    with pytest.raises(TypeError, match="object has no form in JSON"):
+        render.dump_json({"a": object()})
+
+
+texts = st.text(max_size=8) | st.sampled_from(["NaN", "Infinity", "/a/b/Conv"])
+floats = st.floats(width=64)
+optional = st.none() | floats
+counts = st.integers(0, 2**40)
+many = st.lists(floats, max_size=3).map(tuple)
+per_channel = st.none() | floats | many
+zero_points = st.none() | st.integers(-128, 255) | st.lists(st.integers(), max_size=3).map(tuple)
+shapes = st.lists(st.integers(0, 9), max_size=4).map(tuple)
+axes = st.none() | st.integers(0, 4)
+slices = st.lists(
+    st.builds(SliceError, source=texts, start=counts, stop=counts, sqnr_db=floats, absmax=floats),
+    max_size=2,
+).map(tuple)
+files = st.builds(
+    ModelFile, path=texts, sha256=texts, size_bytes=counts, quant_format=st.just("qdq+dynamic")
+)
+weights = st.builds(
+    WeightError,
+    **dict.fromkeys(("name", "node", "op_type", "kind", "quantized_name", "dtype"), texts),
+    **dict.fromkeys(("matched_by", "note"), texts),
+    **dict.fromkeys(("sqnr_db", "worst_channel_sqnr_db", "median_channel_sqnr_db"), floats),
+    **dict.fromkeys(("max_abs_error", "mse", "cosine_similarity"), floats),
+    **dict.fromkeys(("axis", "channel_axis", "worst_channel"), axes),
+    **dict.fromkeys(("channel_sqnr_db", "channel_absmax"), many),
+    shape=shapes,
+    scale=per_channel,
+    zero_point=zero_points,
+)
+activations = st.builds(
+    ActivationError,
+    **dict.fromkeys(("name", "node", "op_type", "quantized_name", "dtype"), texts),
+    **dict.fromkeys(("matched_by", "note"), texts),
+    **dict.fromkeys(("accumulated_sqnr_db", "worst_channel_sqnr_db"), floats),
+    **dict.fromkeys(("median_channel_sqnr_db", "cosine_similarity", "mse"), floats),
+    **dict.fromkeys(("max_abs_error", "observed_low", "observed_high"), floats),
+    **dict.fromkeys(("local_sqnr_db", "saturated_fraction", "saturated_low_fraction"), optional),
+    **dict.fromkeys(("saturated_high_fraction", "representable_low"), optional),
+    **dict.fromkeys(("channel_sqnr_db", "channel_low", "channel_high"), many),
+    **dict.fromkeys(("nonfinite_float", "nonfinite_quantized"), counts),
+    **dict.fromkeys(("worst_channel", "channel_axis"), axes),
+    representable_high=optional,
+    depth=st.integers(-1, 99),
+    shape=shapes,
+    scale=per_channel,
+    zero_point=zero_points,
+    slices=slices,
+    is_output=st.booleans(),
+)
+outputs = st.builds(
+    OutputError,
+    **dict.fromkeys(("name", "worst_sample"), texts),
+    **dict.fromkeys(("sqnr_db", "deployed_sqnr_db", "worst_channel_sqnr_db"), floats),
+    **dict.fromkeys(("median_channel_sqnr_db", "median_sample_sqnr_db"), floats),
+    **dict.fromkeys(("worst_sample_sqnr_db", "cosine_similarity", "max_abs_error"), floats),
+    **dict.fromkeys(("seen_sqnr_db", "unseen_sqnr_db"), optional),
+    **dict.fromkeys(("worst_channel", "channel_axis"), axes),
+    **dict.fromkeys(("channel_sqnr_db", "per_sample_sqnr_db"), many),
+    slices=slices,
+    deployed_differs=st.booleans(),
+)
+comparisons = st.builds(
+    Comparison,
+    float_model=files,
+    quantized_model=files,
+    samples=counts,
+    sample_names=st.lists(texts, max_size=2).map(tuple),
+    random_feeds=st.booleans(),
+    seen=st.sampled_from(sorted(render.SEEN_WORDS)),
+    weights=st.lists(weights, max_size=2).map(tuple),
+    activations=st.lists(activations, max_size=3).map(tuple),
+    outputs=st.lists(outputs, max_size=2).map(tuple),
+    unmatched=st.lists(
+        st.builds(Unmatched, name=texts, kind=texts, model=texts, reason=texts), max_size=2
+    ).map(tuple),
+    task=st.none()
+    | st.builds(
+        Task,
+        output=texts,
+        samples=counts,
+        **dict.fromkeys(("top1_float", "top1_quantized", "top1_agreement"), st.floats(0, 1)),
+    ),
+    latency=st.none()
+    | st.builds(
+        Latency,
+        **dict.fromkeys(("float_seconds", "quantized_seconds"), floats),
+        **dict.fromkeys(("float_spread_seconds", "quantized_spread_seconds"), floats),
+        runs=counts,
+    ),
+    warnings=st.lists(texts, max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(comparisons)
+def test_json_text_reads_back_as_the_same_comparison(comparison: Comparison) -> None:
+    text = render.dump_json(render.comparison_json(comparison, detail=True))
+    # repr tells -0.0 from 0.0, int from float, and holds NaN equal to itself.
+    assert repr(render.read_comparison(json.loads(text))) == repr(comparison)
+
+
+@settings(max_examples=60, deadline=None)
+@given(comparisons)
+def test_any_comparison_can_be_shown(comparison: Comparison) -> None:
+    assert render.comparison_text(comparison)
+    rows = list(csv.DictReader(io.StringIO(render.comparison_csv(comparison), newline="")))
+    records = comparison.outputs, comparison.activations, comparison.weights, comparison.unmatched
+    assert len(rows) == sum(map(len, records))
+
+
+def test_reading_another_format_is_an_error_with_its_name() -> None:
+    with pytest.raises(ReportError, match=r"format 'quant-inspector/exclusions' version 1"):
+        render.read_comparison({"format": "quant-inspector/exclusions", "version": 1})
+    newer = {**render.comparison_json(full_comparison(), detail=True), "version": 2}
+    with pytest.raises(ReportError, match=r"version 2, expected .* version 1"):
+        render.read_comparison(newer)
+
+
+def test_reading_the_form_without_channels_is_an_error() -> None:
+    with pytest.raises(ReportError, match=r"weights has no 'channel_sqnr_db', 'channel_absmax'"):
+        render.read_comparison(render.comparison_json(full_comparison()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": "two"}, "comparison.samples is 'two', expected int"),
+        ({"samples": True}, "comparison.samples is True, expected int"),
+        ({"outputs": None}, "comparison.outputs is None, expected a list"),
+        ({"float_model": []}, r"comparison.float_model is \[\], expected an object"),
+    ],
+)
+def test_reading_damaged_json_names_the_field(change: dict[str, Any], message: str) -> None:
+    data = render.comparison_json(full_comparison(), detail=True) | change
+    with pytest.raises(ReportError, match=message):
+        render.read_comparison(data)
+
+
+# -------------------------------------------------------------------------------- CSV, text
+
+
+def test_csv_has_one_row_per_tensor_and_units_in_its_header() -> None:
+    rows = list(csv.DictReader(io.StringIO(render.comparison_csv(full_comparison()))))
+    assert [row["kind"] for row in rows] == ["output", *["activation"] * 4, "weight", "weight"]
+    weight, lost = rows[-2:]
+    assert weight["scale"] == "0.01 0.02"
+    assert weight["sqnr_db"] == "42.0"
+    assert lost["note"] == "not compared (float model): fused into w"
+    assert rows[1]["accumulated_sqnr_db"] == "45.0"
+    assert rows[0]["deployed_sqnr_db"] == "11.9"
+
+
+def test_csv_keeps_names_with_commas_and_quotes() -> None:
+    name = 'a,"b"\nc'
+    comparison = make_comparison(make_output(name))
+    (row,) = csv.DictReader(io.StringIO(render.comparison_csv(comparison), newline=""))
+    assert row["name"] == name
+
+
+def test_text_opens_with_the_headline_and_names_both_files() -> None:
+    text = render.comparison_text(full_comparison())
+    assert text.startswith(render.headline(full_comparison()))
+    for part in (
+        "model.onnx",
+        "int8.onnx",
+        "1.20 MB",
+        "2 samples, not seen in calibration",
+        "quantized 6.40 ms, float 2.80 ms",
+        "top-1 float 100.0 %, quantized 50.0 %",
+        "Activations: worst 4 of 4",
+        "1 × weight (float model): fused into",
+        "warning: a thing to know",
+    ):
+        assert part in text
+
+
+def test_text_shows_at_most_top_rows() -> None:
+    text = render.comparison_text(full_comparison(), top=2, warnings=False)
+    assert "Activations: worst 2 of 4" in text
+    assert "warning" not in text
+    assert "Activations" not in render.comparison_text(full_comparison(), top=0)
+
+
+def test_text_shows_the_slices_of_a_concat_with_a_low_one() -> None:
+    slices = (
+        SliceError(source="boxes", start=0, stop=4, sqnr_db=31.3, absmax=640.0),
+        SliceError(source="scores", start=4, stop=14, sqnr_db=0.0, absmax=0.98),
+    )
+    text = render.comparison_text(make_comparison(make_output("y", 31.2, slices=slices)))
+    assert "Slices far below the whole" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("  ▲"))
+    assert line.split() == ["▲", "y", "scores", "4..13", "0.98", "0.0", "dB"]
+    assert "Slices" not in render.comparison_text(full_comparison())
+
+
+def test_text_puts_nan_first_among_the_worst() -> None:
+    activations = (*CHAIN, make_activation("bad", 9, NAN))
+    text = render.comparison_text(make_comparison(make_output(), activations=activations), top=1)
+    assert "bad" in text.splitlines()[-1]
+
+
+def test_text_marks_random_feeds() -> None:
+    text = render.comparison_text(make_comparison(make_output(), random_feeds=True))
+    assert "2 samples, random feeds, no data" in text
+
+
+def test_unmatched_tensors_are_grouped_by_reason() -> None:
+    items = [
+        Unmatched(name="a", kind="activation", model="float", reason="not quantized"),
+        *(
+            Unmatched(name=f"t{i}", kind="activation", model="float", reason=f"fused into {into}")
+            for i, into in enumerate(("485", "/a/Conv", "feat"))
+        ),
+    ]
+    assert render.group_unmatched(items) == {
+        ("activation", "float", "fused into …"): ("t0", "t1", "t2"),
+        ("activation", "float", "not quantized"): ("a",),
+    }
+
+
+# ---------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.345, "12.3 dB"),
+        (-0.04, "0.0 dB"),
+        (-3.21, "-3.2 dB"),
+        (INF, "exact"),
+        (-INF, "-∞ dB"),
+        (NAN, "NaN"),
+        (None, "–"),
+    ],
+)
+def test_decibels_have_one_decimal_and_infinity_is_exact(value: float | None, text: str) -> None:
+    assert render.format_db(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.991, "99.1 %"),
+        (0.0, "0.0 %"),
+        (1.0, "100.0 %"),
+        (0.0001, "<0.1 %"),
+        (0.99996, ">99.9 %"),
+        (None, "–"),
+    ],
+)
+def test_percentages_never_round_something_to_nothing(value: float | None, text: str) -> None:
+    assert render.format_percent(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.004321, "4.32 ms"),
+        (0.0432, "43.2 ms"),
+        (0.432, "432 ms"),
+        (4.32, "4,320 ms"),
+        (0.000001, "<0.01 ms"),
+        (None, "–"),
+    ],
+)
+def test_milliseconds_have_three_digits(value: float | None, text: str) -> None:
+    assert render.format_ms(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1_000, "1.00 kB"),
+        (998_169, "998 kB"),
+        (999_900, "1.00 MB"),
+        (1_200_000, "1.20 MB"),
+        (23_456_789, "23.5 MB"),
+        (2_147_483_648, "2.15 GB"),
+        (None, "–"),
+    ],
+)
+def test_sizes_are_decimal_with_three_digits(value: int | None, text: str) -> None:
+    assert render.format_bytes(value) == text
+
+
+def test_counts_say_of_how_many() -> None:
+    assert render.format_count(3, 41) == "3 of 41"
+    assert render.format_count(1234) == "1,234"
+
+
+def test_long_paths_lose_their_middle_between_parts() -> None:
+    name = "/backbone/stage2/stage2.3/branch2/conv2/Conv"
+    assert render.shorten_name(name, 28) == "/backbone/…/conv2/Conv"
+    assert render.shorten_name("short", 5) == "short"
+    assert render.shorten_name("abcdefghij", 7) == "ab…ghij"
+
+
+@given(st.text(alphabet="ab/._", max_size=80), st.integers(3, 50))
+def test_shortened_names_fit_and_keep_their_end(name: str, width: int) -> None:
+    short = render.shorten_name(name, width)
+    assert len(short) <= width
+    assert short == name or (short[-1] == name[-1] and "…" in short)
+
+
+def test_a_width_without_room_is_an_error() -> None:
+    with pytest.raises(ValueError, match="2 characters"):
+        render.shorten_name("name", 2)
+
+
+@pytest.mark.parametrize(
+    ("reason", "group"),
+    [
+        ("folded with BatchNormalization bn_7", "folded with BatchNormalization …"),
+        ("its node Div_479 was fused", "its node … was fused"),
+        (
+            "limit of Clip /a/Clip, which is folded into Q",
+            "limit of Clip …, which is folded into …",
+        ),
+        ("shapes differ: float (3, 16), quantized (3, 8)",) * 2,
+    ],
+)
+def test_reasons_lose_the_names_they_mention(reason: str, group: str) -> None:
+    item = Unmatched(name="w", kind="weight", model="float", reason=reason)
+    assert list(render.group_unmatched([item])) == [("weight", "float", group)]
+
+
+def test_description_of_a_file_is_shown_line_by_line() -> None:
+    text = render.show_text(
+        {
+            "path": "int8.onnx",
+            "sha256": "ab" * 32,
+            "size_bytes": 1_200_000,
+            "opset": 13,
+            "producer": "",
+            "quant_format": "qdq",
+            "nodes": 41,
+            "quantized_nodes": 3,
+            "weights": 2,
+            "quantized_weights": 2,
+            "op_types": {"Conv": 30, "Relu": 11},
+            "inputs": [{"name": "x", "dtype": "float32", "shape": [1, None, "width"]}],
+            "outputs": [
+                {"name": "y", "dtype": "float32", "shape": None},
+                {"name": "z", "dtype": "int64", "shape": []},
+            ],
+            "recipe": {"format": "qdq", "per_channel": False, "percentile": None, "nodes": []},
+        }
+    )
+    assert text.splitlines() == [
+        "file      int8.onnx",
+        "sha256    " + "ab" * 32,
+        "size      1.20 MB",
+        "opset     13",
+        "producer  –",
+        "format    qdq",
+        "nodes     3 of 41 quantized",
+        "weights   2 of 2 quantized",
+        "top ops   Conv 30, Relu 11",
+        "inputs    x: float32[1, ?, width]",
+        "outputs   y: float32[?]",
+        "          z: int64[]",
+        "recipe    format qdq, per channel no",
+    ]
