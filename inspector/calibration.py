@@ -36,7 +36,11 @@ from onnxruntime.quantization import (
     load_tensors_data,
     save_tensors_data,
 )
-from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+from onnxruntime.quantization.registry import (
+    IntegerOpsRegistry,
+    QDQRegistry,
+    QLinearOpsRegistry,
+)
 
 from inspector.errors import CalibrationError
 from inspector.feeds import Feeds
@@ -51,10 +55,17 @@ METHODS: dict[str, CalibrationMethod] = {
 # What `quantize_static` calibrates where it is given no op types.
 STATIC_OP_TYPES: tuple[str, ...] = tuple(sorted({*QLinearOpsRegistry, *QDQRegistry}))
 
+SUPPORTED_OP_TYPES: dict[str, frozenset[str]] = {
+    "qdq": frozenset({*QLinearOpsRegistry, *QDQRegistry}),
+    "qoperator": frozenset(QLinearOpsRegistry),
+    # Gemm is split into MatMul and Add before dynamic quantization.
+    "dynamic": frozenset({*IntegerOpsRegistry, "Gemm"}),
+}
+
 # Change it whenever the meaning of a cached file changes.
 _CACHE_VERSION = 1
-# What the calibrators raise on feeds or graphs they cannot handle.
-_CALIBRATOR_ERRORS = (
+# What ONNX Runtime's calibrators raise on feeds or graphs they cannot handle.
+CALIBRATOR_ERRORS = (
     *ORT_ERRORS,
     ArithmeticError,
     AssertionError,
@@ -320,7 +331,7 @@ def calibrate(
                 calibrator.collect_data(reader)
                 tensors: TensorsData = calibrator.compute_data()
                 del calibrator
-        except _CALIBRATOR_ERRORS as error:
+        except CALIBRATOR_ERRORS as error:
             raise _failure(error, reader, method) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors_data(tensors, path)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from inspector.exclusions import ExclusionEntry, ExclusionList
     from inspector.feeds import Feeds
     from inspector.model import Model
-    from inspector.quantize import QuantConfig
+    from inspector.recipe import QuantConfig
 
 FAILED_GATE = 1
 USER_ERROR = 2
@@ -402,7 +402,7 @@ def compare(
 def _read_recipe_file(path: str, float_model: Model) -> QuantConfig:
     """The recipe in a JSON file (alone, or the "recipe" of a list), or read back from a model."""
     from inspector.model import load_model
-    from inspector.quantize import QuantConfig, read_recipe
+    from inspector.recipe import QuantConfig, read_recipe
 
     hint = "Name a recipe (JSON), an exclusion list that holds one, or a quantized model."
     if not path.lower().endswith(".json"):
@@ -425,7 +425,7 @@ def _read_recipe_file(path: str, float_model: Model) -> QuantConfig:
 
 def _config(options: Mapping[str, Any], base: QuantConfig) -> QuantConfig:
     """The recipe with every option that was given put in its place."""
-    from inspector.quantize import QuantConfig
+    from inspector.recipe import QuantConfig
 
     changes = {key: options[key] for key in _RECIPE_KEYS if options[key] is not None}
     op_types = [t.strip() for given in options["op_types"] for t in given.split(",")]
@@ -455,7 +455,7 @@ def _base_recipe(
     Raises:
         ExclusionError: the lists were made with different recipes.
     """
-    from inspector.quantize import QuantConfig
+    from inspector.recipe import QuantConfig
 
     if options["recipe"]:
         return _read_recipe_file(options["recipe"], float_model)
@@ -541,7 +541,8 @@ def quantize(
     )
     from inspector.feeds import split_calibration
     from inspector.model import load_model
-    from inspector.quantize import prepare, quantize_model
+    from inspector.prepare import prepare
+    from inspector.quantize import quantize_model
     from inspector.store import Workspace, default_root
 
     paths = [x for x in exclude if x.lower().endswith(".json")]

@@ -21,14 +21,9 @@ from typing import Any
 
 from inspector.errors import ExclusionError, InspectorError, ReportError
 from inspector.model import FLOAT_DTYPES, Model, Node
-from inspector.quantize import (
-    Prepared,
-    QuantConfig,
-    nearest_names,
-    quantizer_format,
-    supported_op_types,
-    unknown_node,
-)
+from inspector.prepare import Prepared, unknown_node
+from inspector.quantize import supported_op_types
+from inspector.recipe import QuantConfig, nearest_names, quantizer_format
 from inspector.scheme import DQ, Q
 
 FORMAT = "quant-inspector/exclusions"
@@ -183,7 +178,7 @@ class _Reader:
         if not name:
             raise self.error(
                 f"{where} has an empty name; ONNX Runtime would take it for every unnamed node",
-                "Name the node; `quant-inspector show` lists the names, also of unnamed nodes.",
+                "Name the node; `quant-inspector show MODEL --json -` lists all names.",
             )
         return ExclusionEntry(
             name=name,

@@ -1848,16 +1848,25 @@ class CalibrationSplit:
     seen: tuple[bool, ...]
 
 
-def split_calibration(feeds: Feeds, calibration: Feeds | None = None) -> CalibrationSplit:
+def split_calibration(
+    feeds: Feeds, calibration: Feeds | None = None, *, limit: int | None = None
+) -> CalibrationSplit:
     """The calibration feeds, and which of `feeds` they have seen, judged by content.
 
     Without `calibration`, the first half of `feeds` calibrates, at most 100; with fewer than 8
     feeds all of them do.
+
+    Args:
+        feeds: what is evaluated.
+        calibration: feeds of their own to calibrate on.
+        limit: use at most so many of the calibration feeds; None for all.
     """
     if calibration is None:
-        if len(feeds) < MIN_SPLIT:
-            return CalibrationSplit(calibration=feeds, seen=(True,) * len(feeds))
-        calibration = feeds.subset(range(min(len(feeds) // 2, MAX_DEFAULT_CALIBRATION)))
+        few = len(feeds) < MIN_SPLIT
+        half = len(feeds) if few else min(len(feeds) // 2, MAX_DEFAULT_CALIBRATION)
+        calibration = feeds.subset(range(half))
+    if limit is not None and limit < len(calibration):
+        calibration = calibration.subset(range(limit))
     contents = {facts.digest for facts in calibration._known()}
     return CalibrationSplit(
         calibration=calibration, seen=tuple(facts.digest in contents for facts in feeds._known())

@@ -32,7 +32,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # the records only: drawing must not load what runs models
-    from inspector.compare import ActivationError, Comparison, OutputError, SliceError
+    from inspector.comparison import ActivationError, Comparison, OutputError, SliceError
 
 ERROR_STEPS: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0)
 ERROR_COLORS: tuple[str, ...] = ("#2a59c0", "#6077a8", "#8b8e90", "#b5a765", "#dcc54a")

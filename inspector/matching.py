@@ -2,8 +2,8 @@
 
 Runs nothing. ONNX Runtime's quantizer keeps most names, but not all of them mean the same: a
 Relu or Clip that was folded into a QuantizeLinear leaves its name on the tensor *before* it
-was rectified, graph outputs are renamed, and pre-processing folds BatchNormalization into the Conv before
-it. Each pair says which rule found it, and every float tensor without a partner says why.
+was rectified, graph outputs are renamed, and pre-processing folds BatchNormalization into the Conv
+before it. Each pair says which rule found it, and every float tensor without a partner says why.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class ErrorTotals:
 
     @property
     def mse(self) -> float:
-        """Mean squared error in the tensor's unit squared, lower is better; 0 for an empty array."""
+        """Mean squared error, the tensor's unit squared, lower is better; 0 for an empty array."""
         return float(self.noise.sum()) / self.count if self.count else 0.0
 
     def slice(self, start: int, stop: int) -> ErrorTotals:

@@ -99,7 +99,7 @@ class QParams:
         return clipped
 
     def representable_range(self) -> tuple[float, float]:
-        """Smallest and largest real value: ``(qmin - zp)*scale .. (qmax - zp)*scale``, all channels."""
+        """The smallest and the largest real value that any channel can hold."""
         low, high = INTEGER_DTYPES[self.dtype]
         reals = np.concatenate(
             [

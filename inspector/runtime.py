@@ -61,6 +61,15 @@ def _refused(what: str, error: Exception) -> InspectorError:
     )
 
 
+def part_of(progress: Progress, start: float, stop: float) -> Progress:
+    """A `Progress` for one step of a longer work, which it fills from `start` to `stop`."""
+
+    def report(fraction: float, message: str) -> None:
+        progress(start + (stop - start) * min(max(fraction, 0.0), 1.0), message)
+
+    return report
+
+
 class Session:
     """A model ready to run.
 

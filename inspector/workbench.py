@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
 from inspector.compare import PairRunner, compare_models
 from inspector.comparison import Comparison
 from inspector.errors import FeedError, ModelError, ReportError
@@ -40,18 +41,12 @@ from inspector.feeds import (
 )
 from inspector.matching import ActivationPair, WeightPair, match_tensors
 from inspector.model import Model, load_model
+from inspector.prepare import prepare
 from inspector.qparams import INTEGER_DTYPES, QParams
-from inspector.quantize import (
-    QuantConfig,
-    inspector_command,
-    onnxruntime_call,
-    onnxruntime_command,
-    prepare,
-    quantize_model,
-    read_recipe,
-)
+from inspector.quantize import quantize_model
+from inspector.recipe import QuantConfig, read_recipe
 from inspector.render import comparison_json, headline, read_comparison, strict
-from inspector.runtime import Progress, no_progress
+from inspector.runtime import Progress, no_progress, part_of
 from inspector.scheme import count_scheme, read_scheme, stored_values
 from inspector.stats import Histogram, saturated_counts
 from inspector.store import (
@@ -130,6 +125,7 @@ def describe_model(path: Path | str, progress: Progress = no_progress) -> dict[s
         "inputs": [_info(i) for i in model.inputs],
         "outputs": [_info(o) for o in model.outputs],
         "recipe": None if recipe is None else recipe.config.to_json(),
+        "graph": _graph(model),
         "warnings": [*model.notes, *(recipe.notes if recipe is not None else ())],
     }
 
@@ -181,13 +177,6 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
     return result
 
 
-def _scaled(progress: Progress, start: float, stop: float) -> Progress:
-    def report(fraction: float, message: str) -> None:
-        progress(start + (stop - start) * fraction, message)
-
-    return report
-
-
 def load_pair(
     root: Path,
     *,
@@ -230,7 +219,7 @@ def load_pair(
         )  # fmt: skip
     else:
         comparison = compare_models(
-            float_model, quantized, feeds, progress=_scaled(progress, 0.05, 0.98)
+            float_model, quantized, feeds, progress=part_of(progress, 0.05, 0.98)
         )
         recipe = read_recipe(quantized)
         workspace.save_pair(pair)
@@ -286,13 +275,13 @@ def _quantize(
             exclude=exclude,
             output=target,
             cache=workspace.cache,
-            progress=_scaled(progress, 0.0, 0.5),
+            progress=part_of(progress, 0.0, 0.5),
         )
         quantized = load_model(target)
         # Dynamic quantization observes no ranges beforehand: every feed is unseen.
         seen = split.seen if config.static else (False,) * len(feeds)
         comparison = compare_models(
-            float_model, quantized, feeds, seen=seen, progress=_scaled(progress, 0.5, 0.95)
+            float_model, quantized, feeds, seen=seen, progress=part_of(progress, 0.5, 0.95)
         )
         progress(0.96, "reading back what was changed")
         prepared = prepare(float_model, config, workspace.cache)
@@ -301,7 +290,7 @@ def _quantize(
         if exclude:
             resolved = resolve(exclude, float_model, prepared=prepared)
             baseline = load_model(base.model.path) if base is not None else None
-            found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline)
+            found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline, config)
             made_notes += resolved.notes
             effects = [_record(e) for e in found]
         summary = _summary(comparison)
@@ -447,12 +436,12 @@ def requantize(
         stop = 0.5 if exclude else 1.0
         base_id = _quantize(
             workspace, pair, options, (), parent=loaded, base=None,
-            progress=_scaled(progress, 0.0, stop),
+            progress=part_of(progress, 0.0, stop),
         )  # fmt: skip
         if not exclude:
             return base_id
         base = workspace.run(base_id)
-        progress = _scaled(progress, stop, 1.0)
+        progress = part_of(progress, stop, 1.0)
     elif not exclude:
         return base.id
     return _quantize(
@@ -469,8 +458,9 @@ def propose_free(
     pair = workspace.pair(run.pair_id)
     float_model = _open(pair.float_model.path)
     progress(0.2, "reading the quantized graph")
-    prepared = prepare(float_model, QuantConfig.from_json(run.recipe), workspace.cache)
-    return list(free_names(node, prepared, _open(run.model.path)))
+    config = QuantConfig.from_json(run.recipe)
+    prepared = prepare(float_model, config, workspace.cache)
+    return list(free_names(node, prepared, _open(run.model.path), config))
 
 
 def list_nodes(
@@ -480,7 +470,10 @@ def list_nodes(
     workspace = Workspace(root)
     pair = workspace.pair(workspace.run(run_id).pair_id)
     progress(0.2, "reading the float model")
-    model = _open(pair.float_model.path)
+    return _graph(_open(pair.float_model.path))
+
+
+def _graph(model: Model) -> list[dict[str, Any]]:
     return [
         {"name": n.name, "op_type": n.op_type, "outputs": list(n.outputs)}
         for n in model.nodes

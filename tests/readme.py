@@ -17,12 +17,11 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 # A module imports only modules above it. `web` is the Streamlit side.
-ORDER = [
+ORDER = (
     *("errors", "qparams", "metrics", "stats", "comparison", "model", "scheme", "matching"),
-    *("feeds", "runtime"),
-    *("timing", "compare", "calibration", "quantize", "exclusions", "figures", "render", "store"),
-    *("workbench", "jobs", "cli", "web"),
-]
+    *("feeds", "runtime", "timing", "compare", "calibration", "recipe", "prepare", "quantize"),
+    *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "cli", "web"),
+)
 
 
 def module_path(name: str) -> Path:

@@ -36,13 +36,9 @@ from inspector.exclusions import (
 )
 from inspector.feeds import Feeds, load_feeds, random_feeds
 from inspector.model import Model, load_model
-from inspector.quantize import (
-    Prepared,
-    QuantConfig,
-    prepare,
-    quantize_model,
-    supported_op_types,
-)
+from inspector.prepare import Prepared, prepare
+from inspector.quantize import quantize_model, supported_op_types
+from inspector.recipe import QuantConfig
 
 MODELS = Path(
     os.environ.get("QUANT_INSPECTOR_MODELS", Path(__file__).parents[2] / "shared" / "models")

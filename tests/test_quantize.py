@@ -28,25 +28,16 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+import inspector.prepare as prepare_module
 import inspector.quantize as quantize_module
 from inspector.calibration import hushed
+from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
 from inspector.errors import Cancelled, ExclusionError, FeedError, QuantizationError
 from inspector.feeds import Feeds, load_feeds, random_feeds
 from inspector.model import Model, load_model
-from inspector.quantize import (
-    QuantConfig,
-    config_options,
-    extra_options,
-    inspector_command,
-    nearest_names,
-    onnxruntime_call,
-    onnxruntime_command,
-    prepare,
-    quantize_model,
-    quantizer_names,
-    read_recipe,
-    supported_op_types,
-)
+from inspector.prepare import prepare
+from inspector.quantize import extra_options, quantize_model, quantizer_names, supported_op_types
+from inspector.recipe import QuantConfig, config_options, nearest_names, read_recipe
 from inspector.runtime import open_session
 
 MODELS = Path(
@@ -431,7 +422,7 @@ def test_a_prepared_model_is_kept_and_found_again(
 ) -> None:
     model = two_convs(tmp_path / "m.onnx")
     first = prepare(model, QuantConfig(), tmp_path / "cache")
-    monkeypatch.setattr(quantize_module, "_write_prepared", None)
+    monkeypatch.setattr(prepare_module, "_write_prepared", None)
     again = prepare(model, QuantConfig(weight_type="uint8"), tmp_path / "cache")
     assert again.model.path == first.model.path
     assert again.successors == first.successors
