@@ -323,6 +323,15 @@ def _report(
         _print(comparison_text(comparison, top=top, name_width=width, warnings=False))
 
 
+def _with_paths(comparison: Comparison, float_model: str, quantized_model: str) -> Comparison:
+    """The comparison with both files called as on the command line."""
+    return replace(
+        comparison,
+        float_model=replace(comparison.float_model, path=float_model),
+        quantized_model=replace(comparison.quantized_model, path=quantized_model),
+    )
+
+
 def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) -> list[str]:
     """Why the gate fails, one clause per output; empty where it holds."""
     from inspector.render import format_db
@@ -387,6 +396,7 @@ def compare(
     seen = None if calibration is None else split_calibration(feeds, calibration).seen
     with _progress("comparing") as progress:
         comparison = compare_models(reference, actual, feeds, seen=seen, progress=progress)
+    comparison = _with_paths(comparison, float_model, quantized_model)
     _report(comparison, json_file=json_file, csv_file=csv_file, top=top)
     failures = (
         [] if fail_under is None else _gate(comparison.outputs, fail_under, simulated=simulated)
@@ -607,6 +617,7 @@ def quantize(
             _say("warning", note)
         return
     warnings = tuple(dict.fromkeys((*notes, *comparison.warnings)))
+    comparison = _with_paths(comparison, float_model, output)
     _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)
 
 

@@ -237,7 +237,7 @@ class ModelFile:
     """What identifies one of the two files.
 
     Attributes:
-        path: the file's name as the user knows it.
+        path: as the user named the file: its name, or its path on the command line.
         sha256: of the file's bytes followed by its external data's.
         size_bytes: with external data.
         quant_format: value of `scheme.QuantFormat` ("float" for the float model), "+"-joined where

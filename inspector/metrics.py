@@ -112,10 +112,8 @@ class ErrorTotals:
                 sums: NDArray[np.float64] = np.einsum("oci,oci->c", a, b)
                 return sums
 
-            signal, actual_power, noise = power(x, x), power(y, y), power(error, error)
-            # x*y = (x^2 + y^2 - (x-y)^2)/2: one pass over the values less, exact to the last bit
-            # of the larger power.
-            dot = (signal + actual_power - noise) / 2
+            signal, actual_power = power(x, x), power(y, y)
+            noise, dot = power(error, error), power(x, y)
             np.abs(error, out=error)
             max_abs_error = float(error.max()) if error.size else 0.0
         finite = bool(np.isfinite(signal).all() and np.isfinite(actual_power).all())
@@ -170,6 +168,8 @@ class ErrorTotals:
             return 1.0
         if x == 0 or y == 0:
             return 0.0
+        if float(self.noise.sum()) == 0:
+            return 1.0
         if not (math.isfinite(x) and math.isfinite(y)):
             return math.nan
         return max(-1.0, min(1.0, xy / math.sqrt(x) / math.sqrt(y)))

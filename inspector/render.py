@@ -17,6 +17,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from inspector.comparison import (
@@ -630,7 +631,12 @@ def _facts(comparison: Comparison) -> list[str]:
     lines = _table(
         ("", "file", "format", "size"),
         [
-            (side, shorten_name(file.path, 60), file.quant_format, format_bytes(file.size_bytes))
+            (
+                side,
+                shorten_name(Path(file.path).name, 60),
+                file.quant_format,
+                format_bytes(file.size_bytes),
+            )
             for side, file in (
                 ("float", comparison.float_model),
                 ("quantized", comparison.quantized_model),
