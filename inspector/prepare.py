@@ -33,9 +33,7 @@ from inspector.errors import (
 )
 from inspector.model import Model, Node, load_model, write_proto
 from inspector.recipe import QuantConfig, nearest_names
-from inspector.runtime import (
-    runtime_version,
-)
+from inspector.runtime import open_session, runtime_version
 
 # The oldest ai.onnx opset that QuantizeLinear exists in, and those of its later abilities.
 OLDEST_OPSET = 10
@@ -194,6 +192,8 @@ def _read_prepared(folder: Path) -> Prepared | None:
 def _write_prepared(model: Model, preprocess: bool, lift: int | None, folder: Path) -> None:
     notes: list[str] = []
     symbolic = True
+    # What the runtime refuses is said here, before a later step blames something else.
+    open_session(model, optimized=False)
     with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
         work = Path(name)
         write_proto(model.proto, work / "float.onnx")

@@ -57,7 +57,7 @@ def _refused(what: str, error: Exception) -> InspectorError:
         )
     return RunError(
         f"ONNX Runtime {ort.__version__} refuses {what}: {text}",
-        hint="Check the model with `python -m onnx.checker` or export it again.",
+        hint="Check the file with `check-model FILE`, which comes with onnx, or export it again.",
     )
 
 

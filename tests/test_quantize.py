@@ -32,13 +32,22 @@ import inspector.prepare as prepare_module
 import inspector.quantize as quantize_module
 from inspector.calibration import hushed
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
-from inspector.errors import Cancelled, ExclusionError, FeedError, QuantizationError
+from inspector.errors import (
+    Cancelled,
+    ExclusionError,
+    FeedError,
+    ModelError,
+    QuantizationError,
+    RunError,
+)
 from inspector.feeds import Feeds, load_feeds, random_feeds
 from inspector.model import Model, load_model
 from inspector.prepare import prepare
 from inspector.quantize import extra_options, quantize_model, quantizer_names, supported_op_types
 from inspector.recipe import QuantConfig, config_options, nearest_names, read_recipe
 from inspector.runtime import open_session
+from tests.samples import conv_relu_gemm
+from tests.samples import save as saved
 
 MODELS = Path(
     os.environ.get("QUANT_INSPECTOR_MODELS", Path(__file__).parents[2] / "shared" / "models")
@@ -1039,3 +1048,26 @@ def test_op_types_are_those_of_the_format() -> None:
     assert "ConvTranspose" not in supported_op_types(QuantConfig(format="qoperator"))
     assert supported_op_types(QuantConfig(op_types=("Sqrt",))) == {"Sqrt"}
     assert supported_op_types(QuantConfig(format="dynamic", op_types=("Add",))) == frozenset()
+
+
+def test_a_model_the_runtime_refuses_is_named_before_calibration(tmp_path: Path) -> None:
+    proto = conv_relu_gemm()
+    proto.graph.node[4].input[1] = "w"  # rank 4, where Gemm takes rank 2
+    with pytest.raises(RunError, match=r"refuses broken\.onnx: .*gemm"):
+        quantize_model(
+            load_model(saved(proto, tmp_path / "broken.onnx")), QuantConfig(format="dynamic"),
+            calibration=None, output=tmp_path / "o.onnx", cache=tmp_path / "cache",
+        )  # fmt: skip
+
+
+def test_a_custom_operator_is_named_before_calibration(tmp_path: Path) -> None:
+    proto = conv_relu_gemm()
+    proto.graph.node[1].op_type, proto.graph.node[1].domain = "MyRelu", "my.ops"
+    proto.opset_import.add(domain="my.ops", version=1)
+    with pytest.raises(
+        ModelError, match=r"custom\.onnx uses an operator that .*MyRelu"
+    ):
+        quantize_model(
+            load_model(saved(proto, tmp_path / "custom.onnx")), QuantConfig(format="dynamic"),
+            calibration=None, output=tmp_path / "o.onnx", cache=tmp_path / "cache",
+        )  # fmt: skip
