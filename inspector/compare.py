@@ -33,7 +33,7 @@ from inspector.matching import (
     match_tensors,
     rectify,
 )
-from inspector.metrics import ErrorTotals, merge_totals, worst_and_median
+from inspector.metrics import ErrorTotals, decibels, merge_totals, powers, worst_and_median
 from inspector.model import FLOAT_DTYPES, Model
 from inspector.qparams import QParams
 from inspector.runtime import Feed, Progress, Session, no_progress, open_session
@@ -127,7 +127,7 @@ class _Watch:
         self.pair = pair
         self.model = float_model
         self.accumulated: ErrorTotals | None = None
-        self.local: ErrorTotals | None = None
+        self.local = np.zeros(2)
         self.low: NDArray[np.float64] | None = None
         self.high: NDArray[np.float64] | None = None
         self.saturated = np.zeros(2, np.int64)
@@ -180,8 +180,7 @@ class _Watch:
                 self.high = np.atleast_1d(max(float(self.high.max()), float(high.max())))
         if before is not None and qparams is not None and before.shape == after.shape:
             real = rectify(before, self.pair.rectifier, self.model)
-            local = ErrorTotals.of(real, after)
-            self.local = local if self.local is None else self.local.merge(local)
+            self.local += powers(real, after)
             self.saturated += saturated_counts(real, qparams)
             self.count += int(real.size)
 
@@ -252,7 +251,7 @@ class _Watch:
             shape=self.shape,
             scale=scale,
             zero_point=zero_point,
-            local_sqnr_db=self.local.sqnr_db if self.local is not None else None,
+            local_sqnr_db=decibels(*self.local.tolist()) if share is not None else None,
             accumulated_sqnr_db=totals.sqnr_db,
             worst_channel_sqnr_db=worst,
             median_channel_sqnr_db=median,

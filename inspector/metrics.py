@@ -53,6 +53,22 @@ def sqnr_db(reference: NDArray[Any], actual: NDArray[Any]) -> float:
     return ErrorTotals.of(reference, actual).sqnr_db
 
 
+def powers(reference: NDArray[Any], actual: NDArray[Any]) -> NDArray[np.float64]:
+    """Signal and noise, i.e. sum of reference^2 and of (reference-actual)^2, float64, shape (2,).
+
+    What `sqnr_db` needs and no more; powers of several samples add up.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _same_shape(reference, actual)
+    x = np.asarray(reference, np.float64).ravel()
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = x - np.asarray(actual, np.float64).ravel()
+        # Not `x @ x`: BLAS threads and the runtime's own get into each other's way.
+        return np.array([np.einsum("i,i->", v, v) for v in (x, error)])
+
+
 def cosine_similarity(reference: NDArray[Any], actual: NDArray[Any]) -> float:
     """Cosine of the angle between the flattened arrays, -1..1, higher is better.
 

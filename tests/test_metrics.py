@@ -13,6 +13,7 @@ from inspector.metrics import (
     cosine_similarity,
     decibels,
     merge_totals,
+    powers,
     sqnr_db,
     worst_and_median,
 )
@@ -108,3 +109,10 @@ def test_the_worst_value_is_named_and_nan_counts_as_worst() -> None:
     assert math.isnan(worst)
     assert at == 1
     assert worst_and_median(np.array([]))[2] is None
+
+
+@given(values, st.integers(0, 1000))
+def test_powers_are_what_the_totals_hold(x: np.ndarray, seed: int) -> None:
+    y = x + np.random.default_rng(seed).standard_normal(x.shape)
+    totals = ErrorTotals.of(x, y)
+    np.testing.assert_allclose(powers(x, y), [totals.signal.sum(), totals.noise.sum()], rtol=1e-12)
