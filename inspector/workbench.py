@@ -31,14 +31,8 @@ from inspector.exclusions import (
     resolve,
 )
 from inspector.exclusions import to_json as exclusions_json
-from inspector.feeds import (
-    Feeds,
-    Preprocess,
-    image_feeds,
-    load_feeds,
-    random_feeds,
-    split_calibration,
-)
+from inspector.feeds import Feeds, image_feeds, load_feeds, random_feeds, split_calibration
+from inspector.images import Preprocess
 from inspector.matching import ActivationPair, WeightPair, match_tensors
 from inspector.model import Model, load_model
 from inspector.prepare import prepare

@@ -19,6 +19,7 @@ README = ROOT / "README.md"
 # A module imports only modules above it. `web` is the Streamlit side.
 ORDER = (
     *("errors", "qparams", "metrics", "stats", "comparison", "model", "scheme", "matching"),
+    *("images", "random_feeds"),
     *("feeds", "runtime", "timing", "compare", "calibration", "recipe", "prepare", "quantize"),
     *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "cli", "web"),
 )

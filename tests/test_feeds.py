@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import struct
 import tracemalloc
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
@@ -25,45 +24,22 @@ from PIL import Image
 
 from inspector import feeds as feeds_module
 from inspector.errors import FeedError
-from inspector.feeds import (
-    PRESETS,
-    Feeds,
-    Preprocess,
-    image_feeds,
-    load_feeds,
-    open_image,
-    random_feeds,
-    read_preprocess,
-    split_calibration,
-)
+from inspector.feeds import Feeds, image_feeds, load_feeds, random_feeds, split_calibration
+from inspector.images import PRESETS, Preprocess
 from inspector.model import Model, load_model
 from inspector.runtime import open_session
-
-MODELS = Path(
-    os.environ.get("QUANT_INSPECTOR_MODELS", Path(__file__).parents[2] / "shared" / "models")
+from tests.samples import MODELS
+from tests.test_images import (
+    IMAGE_MODEL,
+    ROW_MODEL,
+    Shape,
+    image_folder,
+    model_of,
+    picture,
+    quick,
 )
+
 REAL = sorted(p.parent.name for p in MODELS.glob("*/inputs")) if MODELS.is_dir() else []
-
-Shape = Sequence[int | str | None]
-quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-def model_of(**inputs: tuple[str, Shape]) -> Model:
-    """A model that hands its inputs on: name=(dtype, shape)."""
-    values, nodes, outputs = [], [], []
-    for name, (dtype, shape) in inputs.items():
-        kind = getattr(
-            TensorProto, {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
-        )
-        values.append(helper.make_tensor_value_info(name, kind, shape))
-        nodes.append(helper.make_node("Identity", [name], [f"{name}_out"], f"id_{name}"))
-        outputs.append(helper.make_tensor_value_info(f"{name}_out", kind, shape))
-    graph = helper.make_graph(nodes, "g", values, outputs)
-    return Model(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
-    )
 
 
 def graph_of(
@@ -83,10 +59,6 @@ def graph_of(
     return Model(
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     )
-
-
-IMAGE_MODEL = model_of(x=("float32", (1, 3, 4, 6)))
-ROW_MODEL = model_of(x=("float32", ("batch", 3)))
 
 
 def rows(count: int, width: int = 3) -> np.ndarray[Any, Any]:
@@ -255,11 +227,11 @@ def test_samples_of_one_file_must_agree_in_number(tmp_path: Path) -> None:
 def test_a_stacked_array_of_another_shape_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.zeros((5, 7), np.float32))
     assert error_of(tmp_path / "f.npy", IMAGE_MODEL) == (
-        "f.npy: 'x' has shape (5, 7), expected samples of (1, 3, 4, 6) along its leading axis",
-        "Save it with a leading sample axis: (samples, 1, 3, 4, 6).",
+        "f.npy: 'x' has shape (5, 7), expected (samples, 1, 3, 4, 6)",
+        "Reshape, resize or pad it to (samples, 1, 3, 4, 6) and save it again.",
     )
     np.save(tmp_path / "f.npy", np.zeros((3, 4, 6), np.float32))
-    assert error_of(tmp_path / "f.npy", IMAGE_MODEL)[1].startswith("Add the sample axis")
+    assert error_of(tmp_path / "f.npy", IMAGE_MODEL)[1].startswith("Add the batch axis")
 
 
 def test_a_stacked_file_without_samples_is_refused(tmp_path: Path) -> None:
@@ -274,11 +246,11 @@ def test_an_npy_needs_a_model_with_one_input(tmp_path: Path) -> None:
     model = model_of(a=("float32", (1, 3)), b=("float32", (1, 3)))
     np.save(tmp_path / "f.npy", rows(1))
     expected = (
-        "f.npy is an array without a name, but the model has 2 inputs: a, b",
-        "Save one .npz keyed by input name instead of .npy.",
+        "f.npy is one array without a name, but the model has 2 inputs: a, b",
+        "Save one .npz per sample, keyed by input name.",
     )
     assert error_of(tmp_path / "f.npy", model) == expected
-    assert error_of(tmp_path, model)[0].endswith(expected[0])
+    assert error_of(tmp_path, model) == expected
 
 
 def test_a_folder_of_npy_is_one_feed_each(tmp_path: Path) -> None:
@@ -311,6 +283,13 @@ def test_onnx_test_data_sets_are_read_by_input_order_and_number(tmp_path: Path) 
     one = load_feeds(tmp_path / "test_data_set_2", model)
     assert (one.names, one.notes) == (("test_data_set_2",), ())
     assert one[0]["a"][0, 0] == 2
+
+
+def test_a_single_pb_is_one_sample_named_after_the_file(tmp_path: Path) -> None:
+    file = write_set(tmp_path / "in", rows(1)) / "input_0.pb"
+    assert load_feeds(file, ROW_MODEL).names == ("input_0.pb",)
+    message, _ = error_of(file, model_of(a=("float32", (1, 3)), b=("int64", ())))
+    assert message == ("input_0.pb is one array without a name, but the model has 2 inputs: a, b")
 
 
 def test_a_test_data_set_with_too_few_tensors_is_refused(tmp_path: Path) -> None:
@@ -346,11 +325,6 @@ def test_a_pb_that_claims_far_more_than_it_holds_or_points_outside_is_refused(
     assert "its values lie in another file" in error_of(file, ROW_MODEL)[0]
 
 
-def test_a_text_tensor_is_refused(tmp_path: Path) -> None:
-    write_set(tmp_path / "test_data_set_0", np.array([["a"]], dtype=object))
-    assert "expected" in error_of(tmp_path, ROW_MODEL)[0]
-
-
 # ------------------------------------------------------------------------------------ conversions
 
 
@@ -367,6 +341,7 @@ def test_a_text_tensor_is_refused(tmp_path: Path) -> None:
         ("float32", "float16", [0.5, 1.5, 2.0]),
         ("int64", "bool", [0, 1, 1]),
         ("bool", "float32", [True, True, False]),
+        ("bool", "uint64", [True, True, False]),
     ],
 )
 def test_lossless_conversions_are_made_and_said(
@@ -459,19 +434,41 @@ def test_a_missing_path_is_said(tmp_path: Path) -> None:
     )
 
 
-def test_an_empty_folder_is_said(tmp_path: Path) -> None:
+def test_a_place_without_feeds_is_said(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
+    expected = "expected .npz, .npy, ONNX test data (input_0.pb) or image files"
     assert error_of(tmp_path / "in", ROW_MODEL) == (
-        "in is an empty folder, expected .npz, .npy, ONNX test data (input_0.pb) or image files",
-        "Put one .npz per sample into it, keyed by input name: x.",
+        f"in holds no feeds: found nothing, {expected}",
+        "Unpack archives and name the folder or file that holds the feeds.",
     )
+    file = tmp_path / "in" / "a.csv"
+    file.write_text("1")
+    assert error_of(tmp_path / "in", ROW_MODEL)[0].startswith("in holds no feeds: found a.csv, ")
+    assert error_of(file, ROW_MODEL)[0] == f"a.csv is no feed, {expected}"
 
 
-def test_a_folder_with_other_files_only_is_said(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.csv").write_text("1")
-    message, _ = error_of(tmp_path / "in", ROW_MODEL)
-    assert message.startswith("in holds no feeds: found a.csv, expected .npz")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["input_id", "attention_mask"],
+            "has the key 'input_id', which is no input of the model; "
+            "nearest: input_ids, attention_mask",
+        ),
+        (
+            ["input_ids"],
+            "lacks the input 'attention_mask', found input_ids, expected input_ids, attention_mask",
+        ),
+        ([], "lacks the input 'input_ids', found nothing, expected input_ids, attention_mask"),
+    ],
+)
+def test_unknown_and_missing_keys_are_named(tmp_path: Path, keys: list[str], message: str) -> None:
+    model = model_of(input_ids=("int64", (1, 2)), attention_mask=("int64", (1, 2)))
+    np.savez(tmp_path / "a.npz", **{key: np.ones((1, 2), np.int64) for key in keys})
+    assert error_of(tmp_path, model) == (
+        f"a.npz {message}",
+        "Save it with np.savez('a.npz', **{'input_ids': ..., 'attention_mask': ...}).",
+    )
 
 
 def test_feeds_in_a_subfolder_are_pointed_at_and_the_hint_works(tmp_path: Path) -> None:
@@ -484,45 +481,12 @@ def test_feeds_in_a_subfolder_are_pointed_at_and_the_hint_works(tmp_path: Path) 
     assert len(load_feeds(Path(hint.removeprefix("Name the subfolder: ")), ROW_MODEL)) == 2
 
 
-def test_a_file_of_another_kind_is_said(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("1")
-    message, _ = error_of(tmp_path / "a.csv", ROW_MODEL)
-    assert message == (
-        "a.csv is no feed, expected .npz, .npy, ONNX test data (input_0.pb) or image files"
-    )
-
-
-def test_an_unknown_key_names_the_nearest_inputs(tmp_path: Path) -> None:
-    model = model_of(input_ids=("int64", (1, 2)), attention_mask=("int64", (1, 2)))
-    ids = np.ones((1, 2), np.int64)
-    np.savez(tmp_path / "a.npz", input_id=ids, attention_mask=ids)
-    assert error_of(tmp_path, model) == (
-        "a.npz has the key 'input_id', which is no input of the model; "
-        "nearest inputs are input_ids, attention_mask",
-        "Save it with np.savez('a.npz', **{'input_ids': ..., 'attention_mask': ...}).",
-    )
-
-
-def test_a_missing_key_is_named(tmp_path: Path) -> None:
-    model = model_of(input_ids=("int64", (1, 2)), attention_mask=("int64", (1, 2)))
-    np.savez(tmp_path / "a.npz", input_ids=np.ones((1, 2), np.int64))
-    assert error_of(tmp_path, model)[0] == (
-        "a.npz lacks the input 'attention_mask', found input_ids, "
-        "expected input_ids, attention_mask"
-    )
-
-
-def test_an_npz_without_arrays_is_said(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz")
-    assert error_of(tmp_path, ROW_MODEL)[0] == "a.npz holds no arrays, expected x"
-
-
 @pytest.mark.parametrize(
     ("shape", "message", "hint"),
     [
         (
             (3, 4, 6),
-            "00.npz: 'x' has 3 axes (3, 4, 6), expected 4 (1, 3, 4, 6)",
+            "00.npz: 'x' has shape (3, 4, 6), expected (1, 3, 4, 6)",
             "Add the batch axis with array[np.newaxis] and save it again.",
         ),
         (
@@ -533,17 +497,17 @@ def test_an_npz_without_arrays_is_said(tmp_path: Path) -> None:
         (
             (1, 3, 8, 8),
             "00.npz: 'x' has shape (1, 3, 8, 8), expected (1, 3, 4, 6)",
-            "Resize or pad it to (1, 3, 4, 6) and save it again.",
+            "Reshape, resize or pad it to (1, 3, 4, 6) and save it again.",
         ),
         (
             (5, 3, 4, 6),
             "00.npz: 'x' has shape (5, 3, 4, 6), expected (1, 3, 4, 6)",
-            "Load 00.npz itself instead of its folder: its leading axis is then samples.",
+            "Load the file itself instead of its folder: its leading axis is then samples.",
         ),
         (
             (0, 3, 4, 6),
-            "00.npz: 'x' is a zero-size batch (0, 3, 4, 6), expected at least one sample",
-            "Remove this file or save it with its data.",
+            "00.npz: 'x' holds no samples: its shape is (0, 3, 4, 6)",
+            "Save it with at least one sample.",
         ),
     ],
 )
@@ -583,7 +547,7 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, name: str) -> None:
     else:
         np.save(folder / name, trap)
     expected = (
-        f"{name}: 'x' holds pickled Python objects, expected an array of float32",
+        f"{name}: 'x' holds text or pickled objects, expected float32",
         "Save it as numbers: np.asarray(array, dtype=np.float32); pickles are never opened.",
     )
     assert error_of(folder, ROW_MODEL) == expected
@@ -593,9 +557,11 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, name: str) -> None:
 
 def test_texts_and_complex_numbers_are_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, [np.array([["a", "b", "c"]])])
-    assert error_of(tmp_path, ROW_MODEL)[0] == "00.npz: 'x' is str32, expected float32"
+    assert error_of(tmp_path, ROW_MODEL)[0] == "00.npz: 'x' holds str32, expected float32"
     folder_of(tmp_path, [np.zeros((1, 3), np.complex64)])
-    assert error_of(tmp_path, ROW_MODEL)[0] == "00.npz: 'x' is complex64, expected float32"
+    assert error_of(tmp_path, ROW_MODEL)[0] == "00.npz: 'x' holds complex64, expected float32"
+    write_set(tmp_path / "in", np.array([["a"]], dtype=object))
+    assert "holds text or pickled objects" in error_of(tmp_path / "in", ROW_MODEL)[0]
 
 
 @pytest.mark.parametrize(
@@ -603,12 +569,12 @@ def test_texts_and_complex_numbers_are_refused(tmp_path: Path) -> None:
     [b"", b"<html></html>", b"version https://git-lfs", b"PK\x03\x04 broken", b"\x80\x04."],
 )
 def test_a_broken_npz_or_npy_is_named(tmp_path: Path, content: bytes) -> None:
-    for name, what in (("a.npz", "an .npz archive"), ("a.npy", "an .npy array")):
+    for name, what in (("a.npz", ""), ("a.npy", ": 'x'")):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_bytes(content)
         message, hint = error_of(folder, ROW_MODEL)
-        assert message.startswith(f"{name} cannot be read as {what}: ")
+        assert message.startswith(f"{name}{what} cannot be read as an ")
         assert hint == "Save it again with np.savez or np.save."
 
 
@@ -653,7 +619,7 @@ def test_an_array_larger_than_the_limit_is_refused_before_memory_is_reserved(
     message, _ = error_of(tmp_path, model_of(x=("float32", (1, None))))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "claims 0.0 GiB (1, 4194304), expected at most 0.000976562 GiB at once" in message
+    assert "claims 0.0 GiB, expected at most 0.000976562 GiB at once" in message
     assert peak < 2**21
     monkeypatch.undo()
     message, _ = error_of(tmp_path, model_of(x=("float32", (1, None))))
@@ -664,10 +630,10 @@ def test_a_header_that_claims_more_than_the_file_has_is_damaged(tmp_path: Path) 
     bomb(tmp_path / "a.npz", (1, 1 << 40))
     message, hint = error_of(tmp_path, model_of(x=("float32", (1, None))))
     assert message == (
-        "a.npz: 'x' is damaged: its header (1, 1099511627776) float32 "
+        "a.npz: 'x' cannot be read as an array: its header (1, 1099511627776) float32 "
         "needs 4,398,046,511,104 bytes, the file has 0"
     )
-    assert hint == "Save or download it again."
+    assert hint == "Save it again with np.savez or np.save."
 
 
 def test_more_samples_than_anyone_has_are_refused(
@@ -722,24 +688,29 @@ def test_labels_lie_in_the_folder_or_beside_a_single_file(tmp_path: Path) -> Non
     assert load_feeds(tmp_path / "f.npz", ROW_MODEL).labels == (1, 2, 3)
 
 
+def test_labels_of_a_single_file_must_fit_it(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", x=rows(3))
+    (tmp_path / "labels.json").write_text("[1, 2]")
+    message = "labels.json has 2 labels, expected 3: one per sample"
+    assert error_of(tmp_path / "f.npz", ROW_MODEL)[0] == message
+
+
 def test_labels_of_a_folder_are_not_taken_for_one_file_of_it(tmp_path: Path) -> None:
     folder_of(tmp_path, [rows(1), rows(1) + 1])
     (tmp_path / "labels.json").write_text("[3, 0]")
     feeds = load_feeds(tmp_path / "00.npz", ROW_MODEL)
     assert feeds.labels is None
-    assert feeds.notes == (
-        "labels.json has 2 labels for other files and is not used for the 1 sample in 00.npz",
-    )
+    assert feeds.notes == ("labels.json has 2 labels for 1 sample and is not used",)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1]", "labels.json has 1 label, expected 2: as many as .npz files in in"),
+        ("[1]", "labels.json has 1 label, expected 2: one per sample"),
         ("[1, 1.5]", "labels.json has 1.5 at position 1, expected an integer of 0 or more"),
         ("[1, true]", "labels.json has true at position 1, expected an integer of 0 or more"),
         ("[-1, 1]", "labels.json has -1 at position 0, expected an integer of 0 or more"),
-        ('{"a": 1}', "labels.json holds an object, expected a list of integers"),
+        ('{"a": 1}', "labels.json holds an object, expected a list"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -757,20 +728,6 @@ def test_labels_that_are_no_json_are_refused(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ images
-
-
-def picture(width: int = 6, height: int = 4, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
-def image_folder(folder: Path, *images: Image.Image, recipe: Any = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        image.save(folder / f"{index}.png")
-    if recipe is not None:
-        (folder / "preprocess.json").write_text(json.dumps(recipe))
-    return folder
 
 
 def test_images_need_a_recipe_and_the_hint_works(tmp_path: Path) -> None:
@@ -801,40 +758,6 @@ def test_pixels_are_scaled_and_normalised_by_the_formula(tmp_path: Path) -> None
     assert (feeds.names, feeds.description, feeds.notes) == (("0.png",), "1 image", ())
 
 
-def test_presets_have_the_ranges_they_are_known_for() -> None:
-    white, black = (Image.new("RGB", (6, 4), c) for c in ("white", "black"))
-
-    def ends(name: str) -> tuple[list[float], list[float]]:
-        recipe = PRESETS[name].fitted(IMAGE_MODEL)
-        low, high = recipe.apply(black)[0, :, 0, 0], recipe.apply(white)[0, :, 0, 0]
-        return [round(float(v), 3) for v in low], [round(float(v), 3) for v in high]
-
-    assert {name: recipe.resize for name, recipe in PRESETS.items()} == {
-        "yolo": "letterbox",
-        "torchvision": "center_crop",
-        "tf": "stretch",
-        "bgr": "stretch",
-    }
-    assert ends("yolo") == ([0, 0, 0], [1, 1, 1])
-    assert ends("tf") == ([-1, -1, -1], [1, 1, 1])
-    assert ends("bgr") == ([0, 0, 0], [255, 255, 255])
-    assert ends("torchvision") == ([-2.118, -2.036, -1.804], [2.249, 2.429, 2.64])
-
-
-def test_colour_order_and_layout() -> None:
-    red = Image.new("RGB", (6, 4), (200, 100, 50))
-    rgb = Preprocess().fitted(IMAGE_MODEL).apply(red)
-    bgr = PRESETS["bgr"].fitted(IMAGE_MODEL).apply(red)
-    assert rgb[0, :, 0, 0].tolist() == [200, 100, 50]
-    assert bgr[0, :, 0, 0].tolist() == [50, 100, 200]
-    nhwc = Preprocess().fitted(model_of(x=("float32", (None, 4, 6, 3))))
-    assert nhwc.layout == "NHWC"
-    assert nhwc.apply(red).shape == (1, 4, 6, 3)
-    gray = Preprocess(color="GRAY").fitted(model_of(x=("float32", (1, 1, 4, 6))))
-    assert gray.apply(red).shape == (1, 1, 4, 6)
-    assert abs(float(gray.apply(red)[0, 0, 0, 0]) - (0.299 * 200 + 0.587 * 100 + 0.114 * 50)) < 1
-
-
 def test_the_picture_shows_natural_colours_of_what_the_model_gets(tmp_path: Path) -> None:
     image = Image.new("RGB", (60, 40), (200, 100, 50))
     feeds = load_feeds(image_folder(tmp_path, image, recipe={"preset": "bgr"}), IMAGE_MODEL)
@@ -847,95 +770,6 @@ def test_the_picture_shows_natural_colours_of_what_the_model_gets(tmp_path: Path
     assert gray.shape == (4, 6, 3)
     assert not random_feeds(IMAGE_MODEL).pictures
     assert random_feeds(IMAGE_MODEL).picture(0) is None
-
-
-def test_letterbox_keeps_proportions_and_pads() -> None:
-    recipe = Preprocess(resize="letterbox", size=(100, 100), pad_color=(1, 2, 3))
-    out = recipe.picture(Image.new("RGB", (200, 100), "white"))
-    assert (out[0, 0].tolist(), out[99, 99].tolist()) == ([1, 2, 3], [1, 2, 3])
-    assert (out[25:75] == 255).all()
-    assert (out[:25] != 255).all()
-    assert (out[75:] != 255).all()
-    tall = recipe.picture(Image.new("RGB", (100, 200), "white"))
-    assert np.array_equal(tall, out.transpose(1, 0, 2))
-
-
-def test_center_crop_is_torchvisions_resize_and_crop() -> None:
-    # An independent account of torchvision's Resize(256) and CenterCrop(224).
-    for width, height in ((300, 451), (451, 300), (256, 256), (225, 900)):
-        image = picture(width, height, seed=width)
-        if width <= height:
-            size = (256, int(256 * height / width))
-        else:
-            size = (int(256 * width / height), 256)
-        left, top = round((size[0] - 224) / 2.0), round((size[1] - 224) / 2.0)
-        expected = image.resize(size, Image.Resampling.BILINEAR).crop(
-            (left, top, left + 224, top + 224)
-        )
-        recipe = Preprocess.from_json({"preset": "torchvision", "size": 224})
-        difference = recipe.picture(image).astype(int) - np.asarray(expected).astype(int)
-        assert np.abs(difference).max() <= 1
-
-
-# Output and picture sizes whose quotient times the first rounds above the second.
-FULL_WIDTHS = ((7, 29), (299, 698))
-
-
-@quick
-@given(
-    width=st.integers(1, 400),
-    height=st.integers(1, 400),
-    resize=st.sampled_from(["stretch", "letterbox", "center_crop"]),
-    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    crop_fraction=st.sampled_from([1.0, 0.875, 0.3]),
-)
-def test_every_picture_comes_out_in_the_models_size(
-    width: int, height: int, resize: str, size: tuple[int, int], crop_fraction: float
-) -> None:
-    recipe = Preprocess(resize=resize, size=size, crop_fraction=crop_fraction)
-    out = recipe.picture(Image.new("RGB", (width, height), "white"))
-    assert out.shape == (*size, 3)
-    if resize != "letterbox":
-        assert (out == 255).all()
-
-
-def test_a_crop_of_the_full_width_stays_inside_the_picture() -> None:
-    for size, width in FULL_WIDTHS:
-        assert size * (width / size) > width
-        recipe = Preprocess(resize="center_crop", size=(size, size))
-        assert recipe.picture(Image.new("RGB", (width, width))).shape == (size, size, 3)
-
-
-def test_a_very_long_picture_is_cropped_without_computing_all_of_it() -> None:
-    recipe = Preprocess(resize="center_crop", size=(224, 224), crop_fraction=0.875)
-    assert recipe.picture(Image.new("RGB", (200_000, 1), "white")).shape == (224, 224, 3)
-
-
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 20), "black")
-    image.paste((255, 255, 255), (0, 0, 20, 20))  # white on the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: white comes to the top
-    image.save(tmp_path / "a.jpg", exif=exif)
-    upright = open_image(tmp_path / "a.jpg")
-    assert upright.size == (20, 40)
-    assert np.asarray(upright)[:15].min() > 200
-    assert np.asarray(upright)[25:].max() < 50
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "I"])
-def test_every_mode_of_pixels_is_read(tmp_path: Path, mode: str) -> None:
-    if mode.startswith("I"):
-        deep = np.full((4, 6), 200 << 8 | 13, np.uint16)
-        image = Image.fromarray(deep)
-        image = image.convert("I") if mode == "I" else image
-    else:
-        image = Image.new("RGB", (6, 4), "white").convert(mode)
-    file = tmp_path / ("a.tiff" if mode in ("CMYK", "I") else "a.png")
-    image.save(file)
-    out = Preprocess(size=(4, 6)).apply(open_image(file))
-    assert out.shape == (1, 3, 4, 6)
-    assert out.min() == out.max() == (200 if mode.startswith("I") else 255)
 
 
 def test_a_palette_with_a_table_of_transparency_raises_no_warning(tmp_path: Path) -> None:
@@ -957,24 +791,6 @@ def test_depth_transparency_and_frames_that_are_lost_are_said(tmp_path: Path) ->
         "1 of 3 images have 16 bits per pixel, of which the upper 8 are used",
         "1 of 3 images have several frames, of which the first is used",
     )
-
-
-def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
-    Image.new("F", (6, 4)).save(tmp_path / "a.tiff")
-    with pytest.raises(FeedError, match=r"a\.tiff has floating-point pixels"):
-        image_feeds(tmp_path, IMAGE_MODEL, Preprocess())
-
-
-@pytest.mark.filterwarnings("default")  # as outside of the tests
-@pytest.mark.parametrize("factor", [1, 3])
-def test_a_picture_above_pillows_limit_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: int
-) -> None:
-    Image.new("L", (30, 10 * factor)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
-    with pytest.raises(FeedError) as caught:
-        image_feeds(tmp_path, IMAGE_MODEL, Preprocess())
-    assert caught.value.message == "a.png has more pixels than Pillow's limit of 299"
 
 
 def test_broken_pictures_are_named(tmp_path: Path) -> None:
@@ -1004,7 +820,7 @@ def test_an_explicit_recipe_wins_over_the_one_beside(tmp_path: Path) -> None:
 def test_a_recipe_for_arrays_is_not_applied_and_this_is_said(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", [rows(1)])
     assert load_feeds(folder, ROW_MODEL, preprocess=PRESETS["tf"]).notes == (
-        "preprocessing is for images and not applied to the .npz in in",
+        "preprocessing is for images and is not applied to .npz",
     )
 
 
@@ -1027,127 +843,6 @@ def test_whole_pixels_fit_an_integer_input_and_scaled_ones_do_not(tmp_path: Path
     assert image_feeds(folder, half, PRESETS["yolo"])[0]["x"].dtype == np.float16
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        ({"preset": "imagenet"}, 'preset "imagenet", expected one of yolo, torchvision, tf, bgr'),
-        ({"resize": "fit"}, 'resize "fit", expected one of stretch, letterbox, center_crop'),
-        ({"size": [4]}, "size [4], expected [height, width] in pixels"),
-        ({"size": [0, 4]}, "size [0, 4], expected [height, width] in pixels"),
-        ({"size": "big"}, 'size "big", expected [height, width] in pixels'),
-        ({"size": [10**6, 10**6]}, "size [1000000, 1000000], expected [height, width] in pixels"),
-        ({"layout": "CHW"}, 'layout "CHW", expected one of NCHW, NHWC'),
-        ({"color": "YUV"}, 'color "YUV", expected one of RGB, BGR, GRAY'),
-        ({"pad_color": 300}, "pad_color [300, 300, 300], expected three numbers of 0..255"),
-        ({"scale": 0}, "scale 0.0, expected a number other than 0"),
-        ({"scale": "1/255"}, 'scale "1/255", expected a number other than 0'),
-        ({"scale": True}, "scale true, expected a number other than 0"),
-        ({"mean": [1, 2]}, "mean [1.0, 2.0], expected one number, or one per channel for RGB"),
-        ({"std": 0}, "std [0.0], expected one number other than 0, or one per channel for RGB"),
-        (
-            {"preset": "torchvision", "color": "GRAY"},
-            "mean [0.485, 0.456, 0.406], expected one number, or one per channel for GRAY",
-        ),
-        ({"crop_fraction": 0}, "crop_fraction 0.0, expected a number above 0 and at most 1"),
-    ],
-)
-def test_a_recipe_that_means_nothing_is_refused(
-    tmp_path: Path, recipe: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "p.json"
-    file.write_text(json.dumps(recipe))
-    with pytest.raises(FeedError) as caught:
-        read_preprocess(file)
-    assert caught.value.message == f"p.json: preprocess has {message}"
-    # The hint is a field that can be written as it stands.
-    field = caught.value.hint.removeprefix("Write e.g. ").removesuffix(".")
-    Preprocess.from_json(json.loads(f"{{{field}}}"))
-
-
-def test_an_unknown_field_names_the_nearest() -> None:
-    with pytest.raises(FeedError) as caught:
-        Preprocess.from_json({"colour": "RGB"})
-    assert caught.value.message == (
-        "preprocess has the unknown field 'colour'; nearest are color, pad_color, layout"
-    )
-    with pytest.raises(FeedError, match="nearest are preset"):
-        Preprocess.from_json({"presets": "yolo"})
-
-
-def test_a_recipe_file_that_is_missing_or_no_object_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FeedError, match="does not exist"):
-        read_preprocess(tmp_path / "none.json")
-    for text, message in (("[1]", "holds a list"), ("{", "cannot be read as preprocessing")):
-        (tmp_path / "p.json").write_text(text)
-        with pytest.raises(FeedError, match=message):
-            read_preprocess(tmp_path / "p.json")
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_recipe_survives_json(preset: str) -> None:
-    recipe = PRESETS[preset].fitted(IMAGE_MODEL)
-    assert Preprocess.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert Preprocess.from_json({"preset": preset}) == PRESETS[preset]
-    british = {"preset": preset, "resize": "Centre-Crop", "layout": "nchw"}
-    assert Preprocess.from_json(british).resize == "center_crop"
-
-
-@pytest.mark.parametrize(
-    ("model", "recipe", "message", "hint"),
-    [
-        (
-            IMAGE_MODEL,
-            Preprocess(size=(6, 4)),
-            "preprocess has size [6, 4], expected [height, width] (4, 6) of input 'x' (1, 3, 4, 6)",
-            'Leave "size" out, or write the model\'s own.',
-        ),
-        (
-            IMAGE_MODEL,
-            Preprocess(layout="NHWC"),
-            "preprocess says layout NHWC, but input 'x' (1, 3, 4, 6) is NCHW",
-            'Write "layout": "NCHW".',
-        ),
-        (
-            IMAGE_MODEL,
-            Preprocess(color="GRAY"),
-            "input 'x' (1, 3, 4, 6) has no axis of 1, which color GRAY gives",
-            'Write "color": "RGB".',
-        ),
-        (
-            model_of(x=("float32", (1, 4, 8, 8))),
-            Preprocess(),
-            "input 'x' (1, 4, 8, 8) has no axis of 3, which color RGB gives",
-            "Save the inputs as .npz, one file per sample, keyed by input name.",
-        ),
-        (
-            model_of(x=("float32", (1, 3, "h", "w"))),
-            Preprocess(),
-            "input 'x' (1, 3, h, w) leaves the picture's size open, and preprocess names none",
-            'Write the size as [height, width], e.g. "size": [640, 640].',
-        ),
-        (
-            model_of(x=("float32", (8, 3, 4, 6))),
-            Preprocess(),
-            "input 'x' (8, 3, 4, 6) takes 8 pictures at once, "
-            "expected a batch of 1 for image feeds",
-            "Export the model with batch size 1 or a dynamic batch.",
-        ),
-        (
-            ROW_MODEL,
-            Preprocess(),
-            "model takes x (batch, 3), expected one picture of 3 or 4 axes for image feeds",
-            "Save the inputs as .npz, one file per sample, keyed by input name.",
-        ),
-    ],
-)
-def test_a_recipe_that_does_not_fit_the_model_is_refused(
-    model: Model, recipe: Preprocess, message: str, hint: str
-) -> None:
-    with pytest.raises(FeedError) as caught:
-        recipe.fitted(model)
-    assert (caught.value.message, caught.value.hint) == (message, hint)
-
-
 def test_a_picture_without_batch_axis(tmp_path: Path) -> None:
     folder = image_folder(tmp_path, picture(), recipe={})
     feeds = load_feeds(folder, model_of(x=("float32", (3, 4, 6))))
@@ -1156,7 +851,7 @@ def test_a_picture_without_batch_axis(tmp_path: Path) -> None:
 
 def test_image_feeds_of_a_folder_without_images_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(FeedError, match="holds no images"):
+    with pytest.raises(FeedError, match=r"holds no feeds: found a\.txt, expected images"):
         image_feeds(tmp_path, IMAGE_MODEL, Preprocess())
     with pytest.raises(FeedError, match="does not exist"):
         image_feeds(tmp_path / "nope", IMAGE_MODEL, Preprocess())
@@ -1471,15 +1166,11 @@ def test_a_stack_and_a_folder_of_the_same_samples_are_the_same_feeds(
 # -------------------------------------------------------------------------------------- real models
 
 
-@pytest.mark.skipif(not REAL, reason=f"no real models at {MODELS} (set QUANT_INSPECTOR_MODELS)")
-def test_there_are_nine_real_models() -> None:
-    assert len(REAL) >= 9
-
-
 @pytest.mark.parametrize("name", REAL or [None])
 def test_real_feeds_load_and_run(name: str | None) -> None:
     if name is None:
         pytest.skip(f"no real models at {MODELS} (set QUANT_INSPECTOR_MODELS)")
+    assert len(REAL) >= 9
     folder = MODELS / name / "inputs"
     model = load_model(MODELS / name / "model.onnx")
     feeds = load_feeds(folder, model)
