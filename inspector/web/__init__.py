@@ -1,0 +1,1 @@
+"""The Streamlit side: routes, navigation, session state, shared widgets. It computes nothing."""

@@ -1,0 +1,346 @@
+"""A view's figures as the tiles and sentences that pages show. Choice of words, no arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from inspector.comparison import ActivationError, Comparison, OutputError, WeightError
+from inspector.qparams import integer_range
+from inspector.render import (
+    format_bytes,
+    format_count,
+    format_db,
+    format_ms,
+    format_number,
+    format_percent,
+    low_slices,
+    shorten_name,
+)
+from inspector.web.session import View
+
+Tile = tuple[str, str, str, str]
+
+SQNR_MEANING = (
+    "SQNR: signal over quantization noise, higher is better; +6 dB is one more bit; below 20 dB "
+    "look closer."
+)
+
+
+def output_of(comparison: Comparison, name: str | None) -> OutputError | None:
+    """The output of that name; the one with the lowest SQNR where none has it."""
+    outputs = comparison.outputs
+    for each in outputs:
+        if each.name == name:
+            return each
+    return min(outputs, key=lambda each: each.sqnr_db, default=None)
+
+
+def output_tile(comparison: Comparison, name: str | None) -> Tile:
+    """Pooled, worst and median channel and worst sample of one output, and what ships."""
+    output = output_of(comparison, name)
+    if output is None:
+        return ("Output SQNR", "–", "no output is compared", "See the tensors that are unmatched.")
+    parts = [f"deployed {format_db(output.deployed_sqnr_db)}"]
+    if output.seen_sqnr_db is not None and output.unseen_sqnr_db is not None:
+        parts.append(
+            f"seen {format_db(output.seen_sqnr_db)}, unseen {format_db(output.unseen_sqnr_db)}"
+        )
+    return (
+        f"Output SQNR, pooled: {shorten_name(output.name, 24)}",
+        format_db(output.sqnr_db),
+        " · ".join(parts),
+        SQNR_MEANING + " Pooled over all samples, simulated; deployed runs the kernels that ship.",
+    )
+
+
+def parts_tile(comparison: Comparison, name: str | None) -> Tile:
+    """Worst channel or slice, the median channel, and the worst sample."""
+    output = output_of(comparison, name)
+    if output is None:
+        return ("Worst channel", "–", "", "")
+    meaning = (
+        "A pooled figure is ruled by the largest values: a channel, a slice or a sample can be "
+        f"lost without moving it. Worst sample: {output.worst_sample}."
+    )
+    if output.worst_channel is None:
+        return (
+            "Worst sample",
+            format_db(output.worst_sample_sqnr_db),
+            f"median {format_db(output.median_sample_sqnr_db)}",
+            meaning,
+        )
+    return (
+        f"Worst channel (#{output.worst_channel})",
+        format_db(output.worst_channel_sqnr_db),
+        f"median channel {format_db(output.median_channel_sqnr_db)} · worst sample "
+        f"{format_db(output.worst_sample_sqnr_db)}",
+        meaning,
+    )
+
+
+def task_or_size_tiles(view: View) -> list[Tile]:
+    """Top-1 where there are labels, and what quantizing saved."""
+    comparison, tiles = view.comparison, []
+    task = comparison.task
+    size = (
+        f"{format_bytes(comparison.quantized_model.size_bytes)}",
+        f"float {format_bytes(comparison.float_model.size_bytes)}",
+    )
+    if task is not None:
+        tiles.append(
+            (
+                "Top-1, quantized",
+                format_percent(task.top1_quantized),
+                f"float {format_percent(task.top1_float)} · same choice "
+                f"{format_percent(task.top1_agreement)} of {task.samples}",
+                f"On {task.samples} labelled samples, output {task.output}. "
+                f"Size {size[0]}, {size[1]}.",
+            )
+        )
+    else:
+        tiles.append(
+            ("Size, quantized", size[0], size[1], "File and external data; 1 MB is 10⁶ bytes.")
+        )
+    return tiles
+
+
+def latency_tile(comparison: Comparison) -> Tile:
+    """The latency of both models on this machine."""
+    latency = comparison.latency
+    if latency is None:
+        return ("Latency on this machine", "–", "not measured", "")
+    return (
+        "int8 against float on this machine",
+        f"{format_ms(latency.quantized_seconds)}",
+        f"float {format_ms(latency.float_seconds)}",
+        f"Deployed, one feed, median of {latency.runs} interleaved runs; spread "
+        f"{format_ms(latency.quantized_spread_seconds)} and "
+        f"{format_ms(latency.float_spread_seconds)}. Other machines differ.",
+    )
+
+
+def overview_tiles(view: View, output: str | None) -> list[Tile]:
+    """The overview's four tiles."""
+    return [
+        output_tile(view.comparison, output),
+        parts_tile(view.comparison, output),
+        *task_or_size_tiles(view),
+        latency_tile(view.comparison),
+    ]
+
+
+def uneven(comparison: Comparison, name: str | None) -> OutputError | ActivationError | None:
+    """The record whose parts explain an output: the Concat behind it, or its own channels.
+
+    None where every part is about as good as the whole.
+    """
+    output = output_of(comparison, name)
+    if output is None:
+        return None
+    if low_slices(output):
+        return output
+    for each in comparison.activations:
+        if each.is_output and each.name == output.name and low_slices(each):
+            return each
+    gap = output.sqnr_db - output.worst_channel_sqnr_db
+    if output.worst_channel is not None and len(output.channel_sqnr_db) > 1 and gap > 10:
+        return output
+    return None
+
+
+def formula(record: ActivationError | WeightError) -> str:
+    """How integers become reals, with this tensor's numbers."""
+    scale, zero_point = record.scale, record.zero_point
+    if scale is None or zero_point is None:
+        return f"{record.dtype}: has no scale and zero point"
+    if isinstance(scale, Sequence) and len(scale) > 1:
+        return (
+            "real = scale[c] * (q - zero_point[c])"
+            f"    scale {format_number(min(scale))} … {format_number(max(scale))} over "
+            f"{len(scale)} channels of axis {getattr(record, 'axis', None)}"
+        )
+    one = scale[0] if isinstance(scale, Sequence) else scale
+    zero = zero_point[0] if isinstance(zero_point, Sequence) else zero_point
+    text = f"real = {format_number(one)} * (q - {zero})" if zero >= 0 else (
+        f"real = {format_number(one)} * (q + {-zero})"
+    )  # fmt: skip
+    try:
+        low, high = integer_range(record.dtype)
+    except ValueError:
+        return text
+    return (
+        f"{text}    q = {low} … {high}    "
+        f"real = {format_number(one * (low - zero))} … {format_number(one * (high - zero))}"
+    )
+
+
+def tensor_sentence(record: ActivationError | WeightError) -> str:
+    """What there is to say about one tensor, by the figures it has."""
+    name = shorten_name(record.name, 44)
+    if isinstance(record, WeightError):
+        if record.scale is None:
+            return f"{name} is left in float ({record.dtype})"
+        return f"{name} is stored with {format_db(record.sqnr_db)}"
+    accumulated, local = record.accumulated_sqnr_db, record.local_sqnr_db
+    lead = f"{name} arrives with {format_db(accumulated)}"
+    low = low_slices(record)
+    if low:
+        part = low[0]
+        return f"{lead}, but its part {shorten_name(part.source)} with {format_db(part.sqnr_db)}"
+    if record.nonfinite_quantized > record.nonfinite_float:
+        return f"{lead}: {record.nonfinite_quantized:,} values are not finite"
+    if local is None:
+        return f"{lead}; it has no Q/DQ of its own"
+    if local - accumulated > 3:
+        return f"{lead}; its own Q/DQ leaves {format_db(local)}, the rest comes from earlier nodes"
+    if record.saturated_fraction and record.saturated_fraction >= 0.001:
+        return f"{lead}: {format_percent(record.saturated_fraction)} of it is clipped"
+    return f"{lead}; its own Q/DQ leaves {format_db(local)}"
+
+
+def tensor_tiles(record: ActivationError | WeightError) -> list[Tile]:
+    """The four tiles of one tensor."""
+    channel: Tile = (
+        "Worst channel"
+        if record.worst_channel is None
+        else f"Worst channel #{record.worst_channel}",
+        "–" if record.worst_channel is None else format_db(record.worst_channel_sqnr_db),
+        "no channels"
+        if record.worst_channel is None
+        else f"median {format_db(record.median_channel_sqnr_db)} of {len(record.channel_sqnr_db)}",
+        "SQNR per channel of the float tensor.",
+    )
+    error: Tile = (
+        "Largest error",
+        format_number(record.max_abs_error),
+        f"cosine {record.cosine_similarity:.5f} · MSE {format_number(record.mse)}",
+        "Largest |float − quantized|, in the tensor's own unit.",
+    )
+    if isinstance(record, WeightError):
+        return [
+            ("SQNR", format_db(record.sqnr_db), "against the float weight", SQNR_MEANING),
+            channel,
+            error,
+            (
+                "Stored as",
+                record.dtype,
+                "per tensor" if record.axis is None else f"per channel, axis {record.axis}",
+                f"Read by {record.node}; matched by {record.matched_by}.",
+            ),
+        ]
+    clipped = record.saturated_fraction
+    return [
+        (
+            "Accumulated SQNR",
+            format_db(record.accumulated_sqnr_db),
+            f"local {format_db(record.local_sqnr_db)}",
+            SQNR_MEANING + " Accumulated: float model against quantized model, as consumers read "
+            "it. Local: before against after its own Q/DQ.",
+        ),
+        channel,
+        error,
+        (
+            "Clipped",
+            format_percent(clipped),
+            "no Q/DQ pair"
+            if clipped is None
+            else f"low {format_percent(record.saturated_low_fraction)} · "
+            f"high {format_percent(record.saturated_high_fraction)}",
+            f"Observed {format_number(record.observed_low)} … "
+            f"{format_number(record.observed_high)}; representable "
+            f"{format_number(record.representable_low)} … "
+            f"{format_number(record.representable_high)}.",
+        ),
+    ]
+
+
+def _channel_db(output: OutputError | None) -> str:
+    if output is None or output.worst_channel is None:
+        return "–"
+    return format_db(output.worst_channel_sqnr_db)
+
+
+def change_tiles(view: View, output: str | None) -> list[Tile]:
+    """Before and after, of runs of one recipe; the run alone where there is nothing before."""
+    after = view.comparison
+    before = view.before
+    now = output_of(after, output)
+    was = output_of(before, now.name if now else None) if before else None
+
+    def arrow(old: str | None, new: str) -> str:
+        return new if old is None else f"{old} → {new}"
+
+    latency, old_latency = after.latency, before.latency if before else None
+    runs = f"run {view.baseline.number} → run {view.run.number}" if view.baseline else "this run"
+    sample = arrow(
+        format_db(was.worst_sample_sqnr_db) if was else None,
+        format_db(now.worst_sample_sqnr_db if now else None),
+    )
+    tiles: list[Tile] = [
+        (
+            "Output SQNR, pooled",
+            arrow(format_db(was.sqnr_db) if was else None, format_db(now.sqnr_db if now else None)),
+            runs,
+            SQNR_MEANING,
+        ),
+        (
+            "Worst channel",
+            arrow(_channel_db(was) if was else None, _channel_db(now)),
+            f"worst sample {sample}",
+            "The channel, and the sample, that is worst in each run.",
+        ),
+        (
+            "Size",
+            arrow(
+                format_bytes(before.quantized_model.size_bytes) if before else None,
+                format_bytes(after.quantized_model.size_bytes),
+            ),
+            f"float {format_bytes(after.float_model.size_bytes)}",
+            "",
+        ),
+    ]
+    if after.task is not None:
+        old = before.task if before else None
+        tiles.append(
+            (
+                "Top-1",
+                arrow(
+                    format_percent(old.top1_quantized) if old else None,
+                    format_percent(after.task.top1_quantized),
+                ),
+                f"float {format_percent(after.task.top1_float)}",
+                f"On {format_count(after.task.samples)} labelled samples.",
+            )
+        )
+    else:
+        tiles.append(
+            (
+                "Latency on this machine",
+                arrow(
+                    format_ms(old_latency.quantized_seconds) if old_latency else None,
+                    format_ms(latency.quantized_seconds) if latency else "–",
+                ),
+                f"float {format_ms(latency.float_seconds)}" if latency else "not measured",
+                "Deployed, medians of interleaved runs; compare with the spread in mind.",
+            )
+        )
+    return tiles
+
+
+def change_sentence(view: View, output: str | None) -> str:
+    """What the shown run's exclusions gained."""
+    number = len(view.run.exclusions)
+    if not number:
+        return "No node is left in float yet: tick the worst, then re-quantize"
+    nodes = "1 node" if number == 1 else f"{number} nodes"
+    now = output_of(view.comparison, output)
+    was = output_of(view.before, now.name if now else None) if view.before else None
+    if now is None or was is None:
+        return f"{nodes} left in float: output {format_db(now.sqnr_db if now else None)}"
+    text = (
+        f"{nodes} left in float: {shorten_name(now.name, 30)} "
+        f"{format_db(was.sqnr_db)} → {format_db(now.sqnr_db)}"
+    )
+    if now.worst_channel is not None and was.worst_channel is not None:
+        text += f", worst channel {_channel_db(was)} → {_channel_db(now)}"
+    return text

@@ -1,0 +1,470 @@
+"""The two long forms: a quantization recipe, and models with their feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import streamlit as st
+
+from inspector.errors import FeedError, InspectorError, ModelError
+from inspector.store import FeedSource
+from inspector.web import session, tasks, widgets
+
+# ── recipe ───────────────────────────────────────────────────────────────────────────────────
+
+FORMATS = {"qdq": "QDQ", "qoperator": "QOperator", "dynamic": "Dynamic"}
+TYPES = ("int8", "uint8", "int16", "uint16")
+METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+# A select box takes None for "nothing chosen", so the three states have names.
+_SYMMETRY = {"default": None, "symmetric": True, "asymmetric": False}
+
+
+def recipe_summary(recipe: Mapping[str, Any]) -> str:
+    """A recipe in one line."""
+    parts = [widgets.format_label(dict(recipe))]
+    if recipe.get("format") != "dynamic":
+        parts.append(METHODS.get(str(recipe.get("method")), str(recipe.get("method"))))
+    parts.append("per channel" if recipe.get("per_channel") else "per tensor")
+    return " · ".join(parts)
+
+
+def _index(options: Sequence[Any], wanted: Any) -> int:
+    return list(options).index(wanted) if wanted in options else 0
+
+
+def recipe_form(recipe: Mapping[str, Any], op_types: Sequence[str], *, key: str) -> dict[str, Any]:
+    """The recipe as changed in the form; options as on the command line.
+
+    Args:
+        recipe: what the form starts from.
+        op_types: those of the float model.
+        key: of the form; another one starts afresh.
+    """
+    changed = dict(recipe)
+
+    def choice(
+        label: str, name: str, options: Sequence[Any], names: Any = str, **kwargs: Any
+    ) -> None:
+        known = list(options)
+        if recipe.get(name) not in known:
+            known.append(recipe.get(name))
+        changed[name] = st.selectbox(
+            label,
+            known,
+            index=_index(known, recipe.get(name)),
+            format_func=names,
+            key=f"{key}-{name}",
+            **kwargs,
+        )
+
+    def symmetry(label: str, name: str, **kwargs: Any) -> None:
+        values = list(_SYMMETRY.values())
+        chosen = st.selectbox(
+            label,
+            list(_SYMMETRY),
+            index=_index(values, recipe.get(name)),
+            format_func=str.capitalize,
+            key=f"{key}-{name}",
+            help="Default is what ONNX Runtime's quantizer does for the type.",
+            **kwargs,
+        )
+        changed[name] = _SYMMETRY[chosen]
+
+    def switch(label: str, name: str, meaning: str) -> None:
+        changed[name] = st.toggle(
+            label, value=bool(recipe.get(name)), key=f"{key}-{name}", help=meaning
+        )
+
+    left, right = st.columns(2, gap="small")
+    with left:
+        choice("Format", "format", tuple(FORMATS), lambda each: FORMATS.get(each, str(each)))
+        static = changed["format"] != "dynamic"
+        choice("Activations", "activation_type", TYPES, disabled=not static)
+        symmetry("Activation range", "activation_symmetric", disabled=not static)
+    with right:
+        choice(
+            "Calibration",
+            "method",
+            tuple(METHODS),
+            lambda each: METHODS.get(each, str(each)),
+            disabled=not static,
+        )
+        choice("Weights", "weight_type", TYPES)
+        symmetry("Weight range", "weight_symmetric")
+    if changed["method"] == "percentile" and static:
+        changed["percentile"] = st.number_input(
+            "Percentile",
+            min_value=50.0,
+            max_value=100.0,
+            value=float(recipe.get("percentile") or 99.999),
+            step=0.001,
+            format="%.3f",
+            key=f"{key}-percentile",
+        )
+    else:
+        changed["percentile"] = None
+    left, right = st.columns(2, gap="small")
+    with left:
+        switch("Per channel", "per_channel", "One scale per output channel of a weight.")
+        switch("Pre-process", "preprocess", "Shape inference and optimisation before quantizing.")
+    with right:
+        switch("Reduce range", "reduce_range", "7 instead of 8 bits, for CPUs without VNNI.")
+    samples = st.number_input(
+        "Calibration samples",
+        min_value=1,
+        value=recipe.get("calibration_samples"),
+        placeholder="all",
+        key=f"{key}-calibration_samples",
+        disabled=not static,
+        help="How many of the calibration feeds are used.",
+    )
+    changed["calibration_samples"] = None if samples is None else int(samples)
+    known_ops = list(dict.fromkeys((*op_types, *recipe.get("op_types", ()))))
+    changed["op_types"] = st.multiselect(
+        "Op types to quantize",
+        known_ops,
+        default=list(recipe.get("op_types", ())),
+        placeholder="all that are supported",
+        key=f"{key}-op_types",
+    )
+    return changed
+
+
+# ── models and feeds ─────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """What the load form holds.
+
+    Attributes:
+        float_path: the float model; None where none is chosen yet.
+        quantized_path: None to quantize the float model with the defaults.
+        inputs: None where none are chosen yet.
+        calibration: None for the first half of the inputs.
+        title: as the user calls the pair.
+    """
+
+    float_path: Path | None
+    quantized_path: Path | None
+    inputs: FeedSource | None
+    calibration: FeedSource | None
+    title: str
+
+
+Side = Literal["float", "quantized"]
+
+
+def _uploads(key: str) -> list[Any]:
+    found = st.session_state.get(key) or []
+    return list(found) if isinstance(found, list) else [found]
+
+
+def _kept(files: Sequence[Any], store: Any) -> Any:
+    """What `store` made of uploaded files; made once, however often the page runs."""
+    made: dict[tuple[str, ...], Any] = st.session_state.setdefault("stored-uploads", {})
+    ids = tuple(each.file_id for each in files)
+    if ids not in made:
+        made[ids] = store()
+    return made[ids]
+
+
+def _store_model(files: Sequence[Any], side: Side) -> Path:
+    """The path of a private copy of an uploaded model and its external data.
+
+    Raises:
+        ModelError: not exactly one of the files is a model.
+    """
+    models = [each for each in files if each.name.lower().endswith(".onnx")]
+    if len(files) == 1:
+        models = list(files)  # its content says what it is, better than its name
+    if len(models) != 1:
+        names = ", ".join(each.name for each in files[:4]) + (", …" if len(files) > 4 else "")
+        raise ModelError(
+            f"The {side} side has {len(models)} .onnx files among {len(files)} ({names}), "
+            "expected one with its data files",
+            hint="Drop one model per side, with its external data files if it has any.",
+        )
+    workspace = session.workspace()
+    if len(files) == 1:
+        stored = _kept(files, lambda: workspace.add_model(files[0], files[0].name))
+    else:
+        stored = _kept(
+            files,
+            lambda: workspace.add_model_files({each.name: each for each in files}, models[0].name),
+        )
+    return Path(stored.path)
+
+
+def _model_field(side: Side, label: str, meaning: str) -> Path | None:
+    """The chosen model of one side: an upload, or a path on this machine."""
+    files = st.file_uploader(
+        label,
+        accept_multiple_files=True,
+        key=f"upload-{side}",
+        help=meaning,
+    )
+    path = ""
+    if session.is_local():
+        path = (
+            st.text_input(
+                "or its path on this machine",
+                key=f"path-{side}",
+                placeholder="/path/to/model.onnx",
+                help="Large models and external data are best read where they are.",
+            )
+            or ""
+        ).strip()
+    if path:
+        return Path(path).expanduser()
+    return _store_model(files, side) if files else None
+
+
+def _numbers(text: str, what: str) -> list[float]:
+    """The numbers in a text field.
+
+    Raises:
+        FeedError: something else stands there.
+    """
+    try:
+        numbers = [float(each) for each in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise FeedError(
+            f"{what} is {text!r}, expected one number or one per channel",
+            hint=f"Write {what} as 0.485 0.456 0.406, for example.",
+        )
+    return numbers
+
+
+def _text(numbers: Any) -> str:
+    return " ".join(f"{each:g}" for each in (numbers if isinstance(numbers, list) else [numbers]))
+
+
+def preprocess_form(key: str) -> dict[str, Any] | None:
+    """How pictures become tensors; None while the presets are being asked for.
+
+    Raises:
+        FeedError: a field holds no number.
+    """
+    answer = session.ask(("presets",), tasks.preprocess_presets, title="Reading the presets")
+    if answer.job is not None:
+        widgets.waiting(answer.job, height=210, key="presets")
+        return None
+    if answer.error is not None:
+        widgets.error(answer.error)
+        return None
+    presets: dict[str, dict[str, Any]] = answer.value
+    titles = {
+        "yolo": "YOLO (letterbox, 0…1)",
+        "torchvision": "torchvision (ImageNet)",
+        "tf": "TF (−1…1)",
+        "bgr": "Raw BGR (0…255)",
+    }
+    name = st.segmented_control(
+        "Preset",
+        list(presets),
+        default=next(iter(presets)),
+        format_func=lambda each: titles.get(each, each),
+        key=f"{key}-preset",
+        required=True,
+    )
+    start = presets[name or next(iter(presets))]
+    own = f"{key}-{name}"
+    made = dict(start)
+    first, second, third, fourth = st.columns(4, gap="small")
+    resizes = {"stretch": "Stretch", "letterbox": "Letterbox", "center_crop": "Centre crop"}
+    with first:
+        made["resize"] = st.selectbox(
+            "Resize",
+            list(resizes),
+            index=_index(list(resizes), start["resize"]),
+            format_func=resizes.__getitem__,
+            key=f"{own}-resize",
+        )
+        size = st.text_input("Height × width", placeholder="the model's own", key=f"{own}-size")
+    with second:
+        layouts = ("the model's own", "NCHW", "NHWC")
+        layout = st.selectbox(
+            "Layout", layouts, index=_index(layouts, start["layout"]), key=f"{own}-layout"
+        )
+        made["layout"] = None if layout == layouts[0] else layout
+        colors = ("RGB", "BGR", "GRAY")
+        made["color"] = st.selectbox(
+            "Colour order", colors, index=_index(colors, start["color"]), key=f"{own}-color"
+        )
+    with third:
+        made["scale"] = st.number_input(
+            "Scale", value=float(start["scale"]), format="%.6f", step=0.001, key=f"{own}-scale"
+        )
+        mean = st.text_input("Mean", value=_text(start["mean"]), key=f"{own}-mean")
+    with fourth:
+        std = st.text_input("Std", value=_text(start["std"]), key=f"{own}-std")
+        if made["resize"] == "letterbox":
+            pad = st.text_input(
+                "Pad colour (RGB)", value=_text(start["pad_color"]), key=f"{own}-pad"
+            )
+            made["pad_color"] = [int(each) for each in _numbers(pad, "the pad colour")]
+    made["mean"], made["std"] = _numbers(mean or "", "mean"), _numbers(std or "", "std")
+    if size and size.strip():
+        both = _numbers(size.replace("×", " ").replace("x", " "), "the size")
+        made["size"] = [int(each) for each in (both * 2 if len(both) == 1 else both)]
+    st.caption("x = (pixel × scale − mean) / std, in the model's channel order")
+    return made
+
+
+_WAYS = {"upload": "Upload", "path": "Path on this machine", "random": "Random"}
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def _feed_field(role: str, below: Any, *, optional: bool) -> FeedSource | None:
+    """The chosen feeds: uploads, a path, or seeded noise.
+
+    Args:
+        role: "inputs" or "calibration".
+        below: the container for the form that says how pictures become tensors.
+        optional: whether nothing may be chosen.
+
+    Raises:
+        FeedError: a field of the preprocess form holds no number.
+    """
+    ways = {"none": "First half of the inputs"} if optional else {}
+    ways |= {key: each for key, each in _WAYS.items() if key != "path" or session.is_local()}
+    if optional:
+        ways.pop("random", None)
+    way = st.segmented_control(
+        role,
+        list(ways),
+        default=next(iter(ways)),
+        format_func=ways.__getitem__,
+        key=f"way-{role}",
+        required=True,
+        label_visibility="collapsed",
+    )
+    if way in (None, "none"):
+        return None
+    if way == "random":
+        left, right = st.columns(2, gap="small")
+        samples = left.number_input("Samples", 1, 1000, 8, key=f"random-samples-{role}")
+        seed = right.number_input("Seed", 0, 2**31 - 1, 0, key=f"random-seed-{role}")
+        st.caption("Seeded noise: good for finding broken nodes, not for judging accuracy.")
+        return FeedSource(
+            kind="random",
+            samples=int(samples),
+            seed=int(seed),
+            title=f"{int(samples)} random feeds (seed {int(seed)})",
+        )
+    if way == "upload":
+        files = st.file_uploader(
+            "Feeds: .npz, .npy, pictures, or ONNX's input_*.pb",
+            accept_multiple_files=True,
+            key=f"upload-{role}",
+            help="One .npz per sample, or one .npz or .npy with a leading sample axis. "
+            "labels.json and preprocess.json may come along.",
+        )
+        if not files:
+            return None
+        folder = _kept(
+            files,
+            lambda: session.workspace().add_feeds({each.name: each for each in files}),
+        )
+        pictures = any(each.name.lower().endswith(_PICTURES) for each in files)
+        own = any(each.name == "preprocess.json" for each in files)
+        path = folder / files[0].name if len(files) == 1 and not pictures else folder
+        title = files[0].name if len(files) == 1 else f"{len(files)} files"
+        kind = "stored"
+    else:
+        entered = (
+            st.text_input(
+                "Folder or file",
+                key=f"path-{role}",
+                placeholder="/path/to/feeds",
+                help="A folder of .npz or pictures, one .npz or .npy, or test_data_set_*.",
+            )
+            or ""
+        ).strip()
+        if not entered:
+            return None
+        path = Path(entered).expanduser()
+        pictures = _holds_pictures(path)
+        own = (path / "preprocess.json").is_file()
+        title, kind = path.name, "path"
+    preprocess = None
+    if pictures and not own:
+        with below:
+            st.markdown(f"**How the {role} become tensors**")
+            preprocess = preprocess_form(f"preprocess-{role}")
+        if preprocess is None:
+            return None
+    elif own:
+        st.caption("Pictures are prepared as their preprocess.json says.")
+    return FeedSource(kind=kind, path=str(path), preprocess=preprocess, title=title)
+
+
+def _holds_pictures(path: Path) -> bool:
+    try:
+        return any(each.suffix.lower() in _PICTURES for each in path.iterdir())
+    except OSError:
+        return False  # not a folder: what it is, the worker says
+
+
+def load_form() -> Chosen:
+    """What the user chose in the form for a pair of their own.
+
+    Raises:
+        InspectorError: something chosen cannot be right.
+    """
+    problem: InspectorError | None = None
+    float_path = quantized_path = None
+    inputs = calibration = None
+    left, right = st.columns(2, gap="medium")
+    with left:
+        st.markdown("**Float model**")
+        try:
+            float_path = _model_field(
+                "float",
+                "Float model (.onnx, with its data files)",
+                "External data files are dropped together with the model.",
+            )
+        except InspectorError as error:
+            problem = error
+    with right:
+        st.markdown("**Quantized model** (optional)")
+        try:
+            quantized_path = _model_field(
+                "quantized",
+                "Quantized model (.onnx, with its data files)",
+                "Leave empty to quantize the float model with ONNX Runtime's defaults.",
+            )
+        except InspectorError as error:
+            problem = error
+    left, right = st.columns(2, gap="medium")
+    below = st.container()
+    with left:
+        st.markdown("**Inputs**")
+        try:
+            inputs = _feed_field("inputs", below, optional=False)
+        except InspectorError as error:
+            problem = error
+    with right:
+        st.markdown("**Calibration**")
+        try:
+            calibration = _feed_field("calibration", below, optional=True)
+        except InspectorError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    title = float_path.stem if float_path is not None else ""
+    if title in ("model", "float") and float_path is not None and not _uploads("upload-float"):
+        title = float_path.absolute().parent.name
+    return Chosen(
+        float_path=float_path,
+        quantized_path=quantized_path,
+        inputs=inputs,
+        calibration=calibration,
+        title=title,
+    )

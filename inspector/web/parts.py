@@ -1,0 +1,535 @@
+"""The longer blocks of the models and the exclusions page."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from inspector import figures
+from inspector.render import (
+    dump_json,
+    format_bytes,
+    format_count,
+    format_db,
+    format_number,
+    read_number,
+    shorten_name,
+)
+from inspector.store import RunRecord, StoredModel
+from inspector.web import forms, session, style, tables, tasks, widgets
+from inspector.web.forms import Chosen
+from inspector.web.session import Draft, View
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _shape(info: Mapping[str, Any]) -> str:
+    sizes = info.get("shape")
+    inner = "?" if sizes is None else " × ".join("?" if d is None else str(d) for d in sizes)
+    return f"{shorten_name(str(info['name']), 30)}: {info['dtype']} [{inner}]"
+
+
+def _model_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    ops = list(found["op_types"].items())
+    known = [f"{key or 'ai.onnx'} {value}" for key, value in found["opsets"].items()]
+    opsets = ", ".join(known[:2]) + (f" and {len(known) - 2} more" if len(known) > 2 else "")
+    return [
+        ("Size", format_bytes(found["size_bytes"])),
+        ("Opset", opsets),
+        ("Producer", str(found["producer"] or "–")),
+        ("Format", str(found["quant_format"])),
+        (
+            "Nodes quantized",
+            format_count(found["quantized_nodes"], found.get("compute_nodes", found["nodes"])),
+        ),
+        ("Weights quantized", format_count(found["quantized_weights"], found["weights"])),
+        ("Top ops", ", ".join(f"{op} {number:,}" for op, number in ops[:5])),
+        ("Inputs", "; ".join(map(_shape, found["inputs"][:4]))),
+        ("Outputs", "; ".join(map(_shape, found["outputs"][:4]))),
+    ]
+
+
+def _model_card(label: str, color: str, stored: StoredModel | None, *, key: str) -> None:
+    with st.container(border=True, height=360, key=f"card-{key}", gap="xsmall"):
+        if stored is None:
+            st.markdown(f":{color}[**{label}**]")
+            st.markdown("No file: the float model was quantized with the defaults (run 1).")
+            return
+        st.markdown(f":{color}[**{label}**] {widgets.md_code(shorten_name(stored.name, 44))}")
+        answer = session.ask(
+            ("describe", stored.sha256, stored.name),
+            tasks.describe_model,
+            stored.path,
+            title=f"Reading {stored.name}",
+        )
+        if answer.job is not None:
+            widgets.waiting(answer.job, height=290, key=key)
+        elif answer.error is not None:
+            widgets.error(answer.error)
+        else:
+            st.table(
+                pd.DataFrame(_model_rows(answer.value), columns=["", " "]).set_index(""),
+                border="horizontal",
+                hide_header=True,
+            )
+            for each in answer.value.get("warnings", ()):
+                st.caption(widgets.md_text(each))
+
+
+def pair(view: View) -> None:
+    """Both sides of the pair that is shown, and its feeds."""
+    samples, meaning = widgets.samples_label(view.comparison)
+    quantized = view.run.model
+    widgets.sentence(
+        f"{view.pair.float_model.name} ({format_bytes(view.pair.float_model.size_bytes)}) against "
+        f"{quantized.name} ({format_bytes(quantized.size_bytes)})"
+    )
+    left, right = st.columns(2, gap="small")
+    with left:
+        _model_card("Float", "gray", view.pair.float_model, key="float")
+    with right:
+        _model_card("Quantized", "orange", quantized, key="quantized")
+    feeds = view.pair.inputs
+    own = view.pair.calibration
+    calibration = "the first half of the inputs" if own is None else (own.title or own.path)
+    st.markdown(
+        f"**Feeds** {widgets.md_code(feeds.title or feeds.path)} · {widgets.md_text(samples)} · "
+        f"re-quantizing calibrates on {widgets.md_text(calibration)}",
+        help=meaning or None,
+    )
+
+
+def preview(chosen: Chosen | None) -> bool:
+    """Shows the first feed as the model gets it; False where it cannot be read."""
+    if chosen is None or chosen.float_path is None or chosen.inputs is None:
+        return True
+    inputs = chosen.inputs
+    answer = session.ask(
+        ("preview", str(chosen.float_path), dump_json(inputs.to_json())),
+        tasks.preview_feed,
+        float_path=chosen.float_path,
+        inputs=inputs,
+        title="Reading the first feed",
+    )
+    own = inputs.kind != "random" and (Path(inputs.path) / "preprocess.json").is_file()
+    pictures = inputs.preprocess is not None or own
+    with st.container(border=True, height=250 if pictures else 110, key="preview"):
+        if answer.job is not None:
+            widgets.waiting(answer.job, height=200 if pictures else 70, key="preview")
+            return True
+        if answer.error is not None:
+            widgets.error(answer.error)
+            return False
+        found = answer.value
+        right = st.container()
+        if found["picture_png"]:
+            left, right = st.columns([1, 3], gap="medium")
+            left.image(
+                base64.b64decode(found["picture_png"]), caption="As the model gets it", width=190
+            )
+        with right:
+            st.markdown(f"**{widgets.md_text(str(found['description']))}**")
+            for each in found["ranges"]:
+                low, high = (
+                    None if each[end] is None else read_number(each[end]) for end in ("low", "high")
+                )
+                shape = " × ".join(map(str, each["shape"]))
+                st.markdown(
+                    f"{widgets.md_code(each['input'])} {each['dtype']} [{shape}], "
+                    f"{format_number(low)} … {format_number(high)}"
+                )
+            for note in found["notes"]:
+                st.caption(widgets.md_text(note))
+    return True
+
+
+def _open_pair(pair_id: str) -> None:
+    session.workspace().set_current_pair(pair_id)
+    st.query_params.clear()
+
+
+def samples_and_pairs(view: View | None) -> None:
+    """The bundled samples, and what was loaded before."""
+    st.markdown("**Samples**")
+    with st.container(horizontal=True, key="samples"):
+        for name, label in tasks.SAMPLES.items():
+            st.button(
+                label,
+                key=f"sample-{name}",
+                on_click=widgets.open_sample,
+                args=(name,),
+                disabled=session.running("load") is not None,
+                icon=":material/science:",
+            )
+    others = [
+        each for each in session.workspace().pairs() if view is None or each.id != view.pair.id
+    ][:8]
+    if others:
+        st.markdown("**Loaded before**")
+        with st.container(horizontal=True, key="pairs"):
+            for each in others:
+                st.button(
+                    f"{widgets.md_text(shorten_name(each.title, 32))} · "
+                    f"{each.created[:16].replace('T', ' ')}",
+                    key=f"pair-{each.id}",
+                    type="tertiary",
+                    icon=":material/history:",
+                    on_click=_open_pair,
+                    args=(each.id,),
+                )
+
+
+# ── exclusions: the list of nodes ────────────────────────────────────────────────────────────
+
+
+def _shown(base: Sequence[str], frame: pd.DataFrame, edits: Mapping[int, Any]) -> list[str]:
+    """The ticked nodes: those at the start with the edits since."""
+    ticked = list(base)
+    for row, change in edits.items():
+        node = str(frame["name"].iloc[int(row)])
+        if change.get("float", node in ticked) and node not in ticked:
+            ticked.append(node)
+        elif not change.get("float", True) and node in ticked:
+            ticked.remove(node)
+    return ticked
+
+
+def node_editor(view: View, draft: Draft, *, height: int) -> None:
+    """Every node with a checkbox; ticks are kept at once."""
+    comparison = view.comparison
+    with st.container(
+        horizontal=True, vertical_alignment="center", key="node-filters", gap="xsmall"
+    ):
+        text = widgets.find_field()
+        op_type = widgets.op_field(tables.op_types(comparison))
+        _all_like_this(view, draft)
+        st.space("stretch")
+        st.button(
+            ":material/undo:",
+            key="undo",
+            shortcut="z",
+            help="Undo the last tick",
+            disabled=not draft.undo,
+            on_click=session.undo,
+            args=(view.pair.id, draft),
+        )
+        st.button(
+            ":material/redo:",
+            key="redo",
+            shortcut="Shift+z",
+            help="Redo",
+            disabled=not draft.redo,
+            on_click=session.redo,
+            args=(view.pair.id, draft),
+        )
+    known = session.ask(
+        ("nodes", view.pair.id),
+        tasks.list_nodes,
+        session.root(),
+        run_id=view.run.id,
+        title="Reading the nodes",
+    )
+    listed = known.value or []
+    # The editor keeps its own edits for as long as its rows stay the same. Whatever changes the
+    # ticks elsewhere (undo, a key on another page) starts it afresh from the new ticks.
+    filters = zlib.crc32(f"{text}\0{op_type}\0{len(listed)}".encode())
+    place = f"nodes-{view.run.id}-{filters:x}"
+    state: dict[str, Any] = st.session_state.setdefault("editor", {})
+    if state.get("place") != place:
+        state.update(place=place, epoch=state.get("epoch", 0) + 1, base=draft.nodes)
+    key = f"{place}-{state['epoch']}"
+
+    def rows(base: Sequence[str]) -> pd.DataFrame:
+        return tables.nodes(
+            comparison, base, listed, selected=view.node, text=text, op_type=op_type
+        )
+
+    frame = rows(state["base"])
+    edits = (st.session_state.get(key) or {}).get("edited_rows", {})
+    if set(_shown(state["base"], frame, edits)) != set(draft.nodes):
+        state.update(epoch=state["epoch"] + 1, base=draft.nodes)
+        key = f"{place}-{state['epoch']}"
+        frame = rows(state["base"])
+
+    def edited() -> None:
+        changes = st.session_state[key]["edited_rows"]
+        session.tick(view.pair.id, draft, tuple(_shown(state["base"], frame, changes)))
+
+    st.data_editor(
+        tables.shown(frame),
+        key=key,
+        hide_index=True,
+        column_config=tables.node_columns(),
+        disabled=[column for column in frame.columns if column != "float"],
+        on_change=edited,
+        height=height,
+        placeholder="–",
+    )
+
+
+def _all_like_this(view: View, draft: Draft) -> None:
+    """The button that ticks every node with the op type of the last ticked one."""
+    op_of = tables.op_of_nodes(view.comparison)
+    op = op_of.get(draft.nodes[-1]) if draft.nodes else None
+    alike = [name for name, each in op_of.items() if each == op] if op else []
+    st.button(
+        f"All like this: {op} ({len(alike)})" if op else "All like this",
+        key="all-like-this",
+        disabled=not op or set(alike) <= set(draft.nodes),
+        on_click=session.tick,
+        args=(view.pair.id, draft, (*draft.nodes, *alike)),
+        help="Ticks every node with the op type of the last ticked one.",
+    )
+
+
+# ── exclusions: the recipe and the job ───────────────────────────────────────────────────────
+
+
+def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
+    """What will be left in float, the recipe, and the button that does it."""
+    with st.container(border=True, height=height, key="requantize-panel", gap="small"):
+        number = len(draft.nodes)
+        changed = set(draft.nodes) != set(view.run.exclusions)
+        st.markdown(
+            f"**{widgets.count(number, 'node')} to leave in float**"
+            + (" · not applied yet" if changed else "")
+        )
+        with st.container(height=104, border=False, gap=None, key="ticked"):
+            if not number:
+                st.caption("Tick nodes on the left; start with the worst.")
+            for name in draft.nodes:
+                st.markdown(f":violet[■] {widgets.md_code(shorten_name(name, 38))}")
+        with st.popover(
+            f"Recipe: {forms.recipe_summary(view.run.recipe)}", width="stretch", key="recipe"
+        ):
+            recipe = forms.recipe_form(
+                view.run.recipe, tables.op_types(view.comparison), key=f"recipe-{view.run.id}"
+            )
+        differs = [name for name, each in recipe.items() if each != view.run.recipe.get(name)]
+        st.caption(
+            f"Changed: {', '.join(name.replace('_', ' ') for name in differs)}"
+            if differs
+            else "The recipe is the one read back from this run."
+        )
+        busy = session.running("requantize")
+        with st.container(height=92, border=False, key="requantize-slot"):
+            if busy is not None:
+                widgets.job_card(busy.id, place="requantize")
+            elif st.button(
+                "Re-quantize",
+                type="primary",
+                key="requantize",
+                icon=":material/play_arrow:",
+                width="stretch",
+                help="Quantizes with this recipe and these nodes in float, and compares.",
+            ):
+                session.dismiss_problem()
+                session.follow(
+                    session.worker().submit(
+                        tasks.requantize,
+                        session.root(),
+                        run_id=view.run.id,
+                        config=recipe,
+                        exclude=list(draft.nodes),
+                        title="Re-quantizing",
+                    ),
+                    "requantize",
+                )
+                st.rerun()
+
+
+# ── exclusions: what came of it ──────────────────────────────────────────────────────────────
+
+
+def change(view: View) -> None:
+    """The picture and the table of what changed per tensor."""
+    if view.before is None or view.baseline is None:
+        st.caption("There is no earlier run of this recipe to compare with.")
+        return
+    widgets.picture(
+        figures.before_after(view.before, view.comparison, style.is_dark()),
+        key="change",
+        name=f"{view.pair.title}-run{view.baseline.number}-run{view.run.number}",
+        alt="SQNR of every tensor before and after",
+    )
+    widgets.tensor_table(
+        tables.deltas(view.before, view.comparison),
+        view,
+        key="deltas",
+        columns=tables.delta_columns(),
+    )
+
+
+_EFFECT = {
+    "float now": ":green[✓] float now",
+    "still fed by Q/DQ": ":orange[▲] still fed by Q/DQ",
+    "weight still quantized": ":orange[▲] weight still quantized",
+    "no such node": ":red[●] no such node",
+    "nothing changed": ":red[●] nothing changed",
+}
+
+
+def _ask_to_free(node: str) -> None:
+    st.session_state["freeing"] = node
+
+
+def effects(view: View, draft: Draft) -> None:
+    """What each exclusion really changed, and what would make a node really float."""
+    if not view.run.effects:
+        st.caption(
+            "No node of this run is left in float."
+            if not view.run.exclusions
+            else "What the exclusions of this run changed is not recorded."
+        )
+        return
+    for place, effect in enumerate(view.run.effects):
+        name = str(effect.get("name", ""))
+        status = str(effect.get("status", ""))
+        sign, node, why, free = st.columns([1.3, 2, 4, 1], gap="small", vertical_alignment="center")
+        sign.markdown(_EFFECT.get(status, widgets.md_text(status)))
+        node.markdown(
+            f"{widgets.md_code(shorten_name(name, 36))} "
+            f"{widgets.md_text(str(effect.get('op_type', '')))}",
+            help=widgets.md_code(name),
+        )
+        why.caption(widgets.md_text("; ".join(map(str, effect.get("details", ())))))
+        if status not in ("float now", "no such node"):
+            free.button(
+                "Free it fully",
+                key=f"free-{place}",
+                on_click=_ask_to_free,
+                args=(name,),
+                help="Finds the smallest set of further nodes that makes its inputs, weight "
+                "and output really float. Nothing is applied yet.",
+            )
+    _proposal(view, draft)
+
+
+def _proposal(view: View, draft: Draft) -> None:
+    node = st.session_state.get("freeing")
+    if not node or node not in {str(each.get("name", "")) for each in view.run.effects}:
+        return
+    answer = session.ask(
+        ("free", view.run.id, node),
+        tasks.propose_free,
+        session.root(),
+        run_id=view.run.id,
+        node=node,
+        title="Finding what feeds it",
+    )
+    with st.container(border=True, key="proposal"):
+        if answer.job is not None:
+            widgets.waiting(answer.job, height=100, key="free")
+        elif answer.error is not None:
+            widgets.error(answer.error)
+        elif not answer.value:
+            st.markdown(f"{widgets.md_code(node)} needs no further node to be really float.")
+        else:
+            further = [each for each in answer.value if each not in draft.nodes]
+            st.markdown(
+                f"To make {widgets.md_code(node)} really float, "
+                f"{widgets.count(len(answer.value), 'further node')} must stay in float: "
+                + ", ".join(widgets.md_code(each) for each in answer.value)
+            )
+            st.button(
+                f"Tick {widgets.count(len(further), 'node')}" if further else "Already ticked",
+                key="free-apply",
+                disabled=not further,
+                on_click=session.tick,
+                args=(view.pair.id, draft, (*draft.nodes, *further)),
+            )
+
+
+def _run_output(run: RunRecord) -> str:
+    values = [read_number(each["sqnr_db"]) for each in run.summary.get("outputs", ())]
+    return format_db(min(values)) if values else "–"
+
+
+def history(view: View, draft: Draft) -> None:
+    """Every run of the pair; a click opens it."""
+    frame = tables.runs(
+        (run, widgets.format_label(run.recipe), _run_output(run)) for run in view.runs
+    )
+    ids = list(frame["id"])
+    key = f"runs-{view.run.id}-{len(ids)}"
+
+    def chosen() -> None:
+        rows = st.session_state[key]["selection"]["rows"]
+        if rows and ids[rows[0]] != view.run.id:
+            session.select_run(ids[rows[0]])
+
+    st.dataframe(
+        frame,
+        key=key,
+        hide_index=True,
+        column_config=tables.run_columns(),
+        on_select=chosen,
+        selection_mode="single-row",
+        selection_default={"selection": {"rows": [ids.index(view.run.id)]}},
+        height=min(300, 36 + 35 * len(frame)),
+    )
+    st.button(
+        "Tick the nodes of this run",
+        key="tick-run",
+        disabled=set(draft.nodes) == set(view.run.exclusions),
+        on_click=session.tick,
+        args=(view.pair.id, draft, view.run.exclusions),
+    )
+
+
+def take_along(view: View) -> None:
+    """Downloads and commands of the run that is shown."""
+    run = view.run
+    stem = widgets.file_name(f"{view.pair.title}-run{run.number}")
+    listed = run.summary.get("exclusion_list")
+    model = run.model
+    with st.container(horizontal=True, key="take"):
+        st.download_button(
+            "Exclusion list",
+            data=dump_json(listed) if listed else "",
+            file_name="exclude.json",
+            mime="application/json",
+            on_click="ignore",
+            disabled=not listed,
+            icon=":material/download:",
+            type="primary",
+            key="take-list",
+            help="For quant-inspector quantize --exclude exclude.json",
+        )
+        st.download_button(
+            f"Quantized model ({format_bytes(model.size_bytes)})",
+            data=model.path.read_bytes,
+            file_name=f"{stem}.onnx" if run.number else model.name,
+            mime="application/octet-stream",
+            on_click="ignore",
+            icon=":material/download:",
+            key="take-model",
+        )
+        st.download_button(
+            "Recipe",
+            data=dump_json(run.recipe),
+            file_name="recipe.json",
+            mime="application/json",
+            on_click="ignore",
+            icon=":material/download:",
+            key="take-recipe",
+            help="For quant-inspector quantize --recipe recipe.json",
+        )
+    commands = run.summary.get("commands") or {}
+    if not commands:
+        st.caption("The loaded file has no command: Re-quantize makes a run that has.")
+        return
+    for key, label, language in (
+        ("inspector", "The same from the command line", "bash"),
+        ("python", "For ONNX Runtime's quantize_static and quantize_dynamic", "python"),
+        ("onnxruntime", "ONNX Runtime's own command line", "bash"),
+    ):
+        if commands.get(key):
+            st.caption(label)
+            st.code(str(commands[key]), language=language, wrap_lines=True)

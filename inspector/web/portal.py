@@ -1,0 +1,143 @@
+"""The frame around every page: navigation, the job under way, errors, keys.
+
+`st.App` runs this file as its script; `app.py` calls `main` where Streamlit's test runner runs
+it. Pages are given by absolute path: no folder `pages/` lies beside this script.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from inspector.errors import InspectorError
+from inspector.web import session, style, widgets
+
+PAGES_FOLDER = Path(__file__).resolve().parents[2] / "pages"
+# (address, title, icon); each shows the page file of its address.
+PAGES = (
+    ("models", "Models", ":material/deployed_code:"),
+    ("overview", "Overview", ":material/show_chart:"),
+    ("tensors", "Tensors", ":material/bar_chart:"),
+    ("exclusions", "Exclusions", ":material/checklist:"),
+    ("report", "Report", ":material/description:"),
+)
+
+_log = logging.getLogger("inspector.web")
+
+
+@asynccontextmanager
+async def lifespan(_app: Any) -> AsyncIterator[None]:
+    """Starts the worker with the server and stops it with the server."""
+    session.start()
+    yield
+    session.close_workers()
+
+
+def on_script_error(error: Exception) -> bool:
+    """Says that something unforeseen happened; the details go to the log, not on the page."""
+    _log.error("a page failed", exc_info=error)
+    st.error(
+        f"Something unforeseen happened: {widgets.md_text(type(error).__name__)}.\n\n"
+        "**Reload the page; if it happens again, report it with the lines of the server's log.**",
+        icon=":material/error:",
+    )
+    return True
+
+
+def _pages() -> dict[str, Any]:
+    pages = {
+        name: st.Page(PAGES_FOLDER / f"{name}.py", title=title, icon=icon, url_path=name)
+        for name, title, icon in PAGES
+    }
+    # "/" shows the overview as well; the default page has no address of its own.
+    pages["home"] = st.Page(
+        PAGES_FOLDER / "overview.py",
+        title="Overview",
+        url_path="home",
+        default=True,
+        visibility="hidden",
+    )
+    return pages
+
+
+@st.fragment(run_every=0.8)
+def _open_overview(pages: dict[str, Any]) -> None:
+    """Opens the overview of the pair that was just loaded, at the second call.
+
+    Not at once: the browser still has the timers of the page that watched the job, and a timer that
+    fires during a change of page asks for the old page again, which then comes out empty. The run
+    in which this is called first has no such timers any more.
+    """
+    opening = st.session_state.get("opening")
+    if opening is None:
+        return
+    if not opening["ready"]:
+        opening["ready"] = True
+        st.caption("Opening the overview…")
+        return
+    del st.session_state["opening"]
+    st.switch_page(pages["overview"], query_params={"run": opening["run"]})
+
+
+def _sidebar(pages: dict[str, Any], current: Any) -> None:
+    with st.sidebar:
+        with st.container(key="brand"):
+            st.markdown("Quant Inspector")
+        with st.container(key="nav"):
+            for name, title, icon in PAGES:
+                at_home = name == "overview" and current == pages["home"]
+                st.page_link(
+                    pages["home" if at_home else name],
+                    label=title,
+                    icon=icon,
+                    width="stretch",
+                    # Run, tensor and filters go along; Streamlit drops them otherwise.
+                    query_params=session.address(),
+                )
+        with st.container(key="keys"):
+            st.button("Keys", icon=":material/keyboard:", type="tertiary", key="keys-button")
+        if "opening" in st.session_state:
+            _open_overview(pages)
+        jobs = session.active_jobs()
+        with st.container(key="job", height=170, border=False):
+            if jobs:
+                widgets.job_card(jobs[0].id, place="sidebar")
+                if len(jobs) > 1:
+                    st.caption(f"{widgets.count(len(jobs) - 1, 'more job')} waiting")
+    if st.session_state.get("keys-button"):
+        widgets.keys_dialog()
+
+
+def main() -> None:
+    """Shows the page that the address asks for."""
+    st.set_page_config(
+        page_title="Quant Inspector",
+        page_icon=style.icon(),
+        layout="wide",
+        initial_sidebar_state=200,
+    )
+    style.apply()
+    pages = _pages()
+    current = st.navigation(list(pages.values()), position="hidden")
+    widgets.register_pages(pages)
+    session.start()
+    loaded = session.settle()
+    if loaded is not None:
+        st.session_state["opening"] = {"run": loaded, "ready": False}
+    _sidebar(pages, current)
+    widgets.problem()
+    try:
+        current.run()
+    except InspectorError as error:
+        widgets.error(error)
+        if session.address():
+            st.page_link(pages["home"], label="Open the latest run", icon=":material/home:")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,446 @@
+"""Records as table rows: one row per record, figures as numbers so that columns sort."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from inspector.comparison import ActivationError, Comparison, OutputError, Unmatched, WeightError
+from inspector.render import (
+    feeds_text,
+    format_bytes,
+    format_db,
+    format_number,
+    group_unmatched,
+    low_slices,
+    shorten_name,
+)
+from inspector.store import RunRecord
+from inspector.web import style
+from inspector.web.session import View, compared, rank_of, sqnr_of
+
+# Beyond this many rows, decibels are shown as plain numbers: formatting cells one by one is slow.
+STYLED_ROWS = 600
+DECIBELS = ("sqnr", "local", "worst", "part_db", "weight", "before", "after")
+# An empty table has its columns too.
+# fmt: off
+TENSOR_COLUMNS = [
+    "sign", "name", "tensor", "kind", "op", "type", "sqnr", "local", "worst", "clipped", "node",
+]
+NODE_COLUMNS = [
+    "float", "sign", "name", "node", "op", "sqnr", "part_db", "local", "weight", "tensor",
+]
+# fmt: on
+KINDS = ("activation", "weight", "bias")
+
+
+def _known(sqnr_db: float | None) -> float | None:
+    return None if sqnr_db is None or math.isnan(sqnr_db) else sqnr_db
+
+
+def shown(frame: pd.DataFrame) -> Any:
+    """The frame with decibels as "12.3 dB" and "exact", which still sort as numbers."""
+    columns = [name for name in DECIBELS if name in frame]
+    if len(frame) > STYLED_ROWS or not columns:
+        return frame
+    return frame.style.format(format_db, subset=columns, na_rep="–")
+
+
+def kind_of(record: ActivationError | WeightError) -> str:
+    """ "activation", "weight" or "bias"."""
+    return record.kind if isinstance(record, WeightError) else "activation"
+
+
+def op_types(comparison: Comparison) -> list[str]:
+    """The op types that occur, most frequent first."""
+    seen: dict[str, int] = {}
+    for each in compared(comparison):
+        seen[each.op_type] = seen.get(each.op_type, 0) + 1
+    return sorted(seen, key=lambda op: (-seen[op], op))
+
+
+def _matches(text: str, *fields: str) -> bool:
+    return all(
+        any(word in field.lower() for field in fields) for word in text.lower().split() if word
+    )
+
+
+def tensors(
+    comparison: Comparison, *, text: str = "", kind: str | None = None, op_type: str | None = None
+) -> pd.DataFrame:
+    """Every compared tensor that passes the filters, worst first."""
+    rows = []
+    for each in sorted(compared(comparison), key=rank_of):
+        if kind and kind_of(each) != kind:
+            continue
+        if op_type and each.op_type != op_type:
+            continue
+        if text and not _matches(text, each.name, each.node, each.op_type):
+            continue
+        sqnr = sqnr_of(each)
+        activation = each if isinstance(each, ActivationError) else None
+        rows.append(
+            {
+                "sign": style.SIGNS[style.severity(rank_of(each))],
+                "name": each.name,
+                "tensor": shorten_name(each.name, 52),
+                "kind": kind_of(each),
+                "op": each.op_type,
+                "type": each.dtype,
+                "sqnr": _known(sqnr),
+                "local": _known(activation.local_sqnr_db) if activation else None,
+                "worst": _known(each.worst_channel_sqnr_db)
+                if each.worst_channel is not None
+                else None,
+                "clipped": None
+                if activation is None or activation.saturated_fraction is None
+                else 100 * activation.saturated_fraction,
+                "node": each.node,
+            }
+        )
+    return pd.DataFrame(rows, columns=TENSOR_COLUMNS)
+
+
+def tensor_facts(record: ActivationError | WeightError) -> pd.DataFrame:
+    """What a tensor's scale can hold and what was seen, as label and text."""
+    matched = record.quantized_name + (
+        "" if record.matched_by == "name" else f" (matched by {record.matched_by})"
+    )
+    channels = "–" if record.channel_axis is None else f"axis {record.channel_axis}"
+    if isinstance(record, WeightError):
+        rows = [
+            ("Scales", "one" if record.axis is None else f"per channel, axis {record.axis}"),
+            (
+                "Output channels",
+                "–" if record.channel_axis is None else f"axis {record.channel_axis}",
+            ),
+        ]
+    else:
+        low, high = record.representable_low, record.representable_high
+        rows = [
+            (
+                "Observed",
+                f"{format_number(record.observed_low)} … {format_number(record.observed_high)}",
+            ),
+            (
+                "Representable",
+                "–" if low is None else f"{format_number(low)} … {format_number(high)}",
+            ),
+            ("Channels", channels),
+        ]
+        if record.nonfinite_float or record.nonfinite_quantized:
+            found = f"float {record.nonfinite_float:,}, quantized {record.nonfinite_quantized:,}"
+            rows.append(("NaN or infinite", found))
+    rows += [
+        ("Cosine similarity", f"{record.cosine_similarity:.6f}"),
+        ("MSE", format_number(record.mse)),
+        ("Quantized tensor", matched),
+    ]
+    return pd.DataFrame(rows, columns=["", " "]).set_index("")
+
+
+def _db(label: str, meaning: str, width: int = 78) -> Any:
+    return st.column_config.NumberColumn(label, help=meaning, width=width)
+
+
+def tensor_columns() -> dict[str, Any]:
+    """How the columns of `tensors` are shown."""
+    text = st.column_config.TextColumn
+    return {
+        "sign": text("", width=28, help="● below 10 dB · ▲ below 20 dB · ✓ fine"),
+        "name": None,
+        "tensor": text("Tensor", width="large"),
+        "kind": text("Kind", width="small"),
+        "op": text("Op", width="small"),
+        "type": text("Stored as", width="small"),
+        "sqnr": _db(
+            "SQNR",
+            "Signal over quantization noise, higher is better; +6 dB is one more bit. Activations: "
+            "accumulated up to here, as the next node reads it.",
+        ),
+        "local": _db("Local", "Before against after the tensor's own Q/DQ."),
+        "worst": _db("Channel", "SQNR of the worst channel."),
+        "clipped": st.column_config.NumberColumn(
+            "Clipped %", format="%.2f", help="Values outside what scale and zero point can hold."
+        ),
+        "node": text("Node"),
+    }
+
+
+def nodes(
+    comparison: Comparison,
+    ticked: Collection[str],
+    listed: Iterable[Mapping[str, Any]] = (),
+    *,
+    selected: str = "",
+    text: str = "",
+    op_type: str | None = None,
+) -> pd.DataFrame:
+    """The float model's nodes, worst output first.
+
+    Args:
+        comparison: gives the figures.
+        ticked: names of nodes to leave in float.
+        listed: every node that can be left in float, as `workbench.list_nodes` has them; those
+            without a compared tensor come last.
+        selected: the node to mark.
+        text, op_type: filters.
+    """
+    named = {str(each["name"]): each for each in listed}
+    outputs: dict[str, ActivationError] = {}
+    for each in comparison.activations:
+        if each.node and (each.node not in outputs or rank_of(each) < rank_of(outputs[each.node])):
+            outputs[each.node] = each
+    weights: dict[str, WeightError] = {}
+    for weight in comparison.weights:
+        if weight.kind == "weight" and (
+            weight.node not in weights or weight.sqnr_db < weights[weight.node].sqnr_db
+        ):
+            weights[weight.node] = weight
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys((*outputs, *weights, *named, *ticked)):
+        output, constant = outputs.get(name), weights.get(name)
+        op = str(named[name]["op_type"]) if name in named else "–"
+        op = output.op_type if output else constant.op_type if constant else op
+        if op_type and op != op_type:
+            continue
+        if text and not _matches(text, name, op, output.name if output else ""):
+            continue
+        sqnr = output.accumulated_sqnr_db if output else None
+        rank = rank_of(output) if output else None
+        rows.append(
+            {
+                "float": name in ticked,
+                "sign": "▸" if name == selected else style.SIGNS[style.severity(rank)],
+                "name": name,
+                "node": shorten_name(name, 40),
+                "op": op,
+                "sqnr": _known(sqnr),
+                "part_db": _known(min((part.sqnr_db for part in output.slices), default=None))
+                if output
+                else None,
+                "local": _known(output.local_sqnr_db) if output else None,
+                "weight": _known(constant.sqnr_db) if constant else None,
+                "rank": math.inf if rank is None else rank,
+                "tensor": output.name
+                if output
+                else ", ".join(named[name]["outputs"])
+                if name in named
+                else "",
+            }
+        )
+    rows.sort(key=lambda row: row.pop("rank"))
+    return pd.DataFrame(rows, columns=NODE_COLUMNS)
+
+
+def op_of_nodes(comparison: Comparison) -> dict[str, str]:
+    """The op type of every node that computes or reads a compared tensor."""
+    return {each.node: each.op_type for each in compared(comparison) if each.node}
+
+
+def node_columns() -> dict[str, Any]:
+    """How the columns of `nodes` are shown."""
+    text = st.column_config.TextColumn
+    return {
+        "float": st.column_config.CheckboxColumn(
+            "Float", width=72, help="Leave this node in float. Select the cell and press Space."
+        ),
+        "sign": text("", width=28, help="▸ selected · ● below 10 dB · ▲ below 20 dB · ✓ fine"),
+        "name": None,
+        "node": text("Node", width="medium"),
+        "op": text("Op", width=80),
+        "sqnr": _db("Output", "Accumulated SQNR of the node's output."),
+        "part_db": _db("Worst part", "Of a Concat: the lowest SQNR of what it joins."),
+        "local": _db("Local", "What the output's own Q/DQ costs."),
+        "weight": _db("Weight", "SQNR of the node's weight."),
+        "tensor": text("Output tensor", width="medium"),
+    }
+
+
+def parts(record: OutputError | ActivationError) -> pd.DataFrame:
+    """What an output is joined from where a part is lost, else its channels; worst first."""
+    if low_slices(record):
+        rows = [
+            {
+                "sign": style.SIGNS[style.severity(part.sqnr_db)],
+                "part": shorten_name(part.source, 26),
+                "channels": f"{part.start}…{part.stop - 1}",
+                "sqnr": _known(part.sqnr_db),
+                "largest": part.absmax,
+            }
+            for part in sorted(record.slices, key=lambda part: part.sqnr_db)
+        ]
+        return pd.DataFrame(rows)
+    numbered = sorted(enumerate(record.channel_sqnr_db), key=lambda pair: pair[1])
+    return pd.DataFrame(
+        [
+            {
+                "sign": style.SIGNS[style.severity(value)],
+                "part": f"channel {channel}",
+                "sqnr": _known(value),
+            }
+            for channel, value in numbered
+        ]
+    )
+
+
+def part_columns() -> dict[str, Any]:
+    """How the columns of `parts` are shown."""
+    text = st.column_config.TextColumn
+    return {
+        "sign": text("", width=28, help="● below 10 dB · ▲ below 20 dB · ✓ fine"),
+        "part": text("Part", width=150),
+        "channels": text("Channels", width=60),
+        "sqnr": _db("SQNR", "Accumulated SQNR in dB of this part alone.", 64),
+        "largest": st.column_config.NumberColumn(
+            "Largest", format="%.4g", width=60, help="Largest absolute float value in this part."
+        ),
+    }
+
+
+def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
+    """SQNR of each tensor before and after, largest change first."""
+    old = {each.name: each for each in compared(before)}
+    rows = []
+    for each in compared(after):
+        if each.name not in old:
+            continue
+        was, now = _known(sqnr_of(old[each.name])), _known(sqnr_of(each))
+        if was is None or now is None:
+            continue
+        rows.append(
+            {
+                "name": each.name,
+                "tensor": shorten_name(each.name, 48),
+                "op": each.op_type,
+                "kind": kind_of(each),
+                "before": was,
+                "after": now,
+                "change": 0.0 if was == now else now - was,
+            }
+        )
+    frame = pd.DataFrame(
+        rows, columns=["name", "tensor", "op", "kind", "before", "after", "change"]
+    )
+    order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
+    return frame.loc[order].reset_index(drop=True)
+
+
+def delta_columns() -> dict[str, Any]:
+    """How the columns of `deltas` are shown."""
+    text = st.column_config.TextColumn
+    return {
+        "name": None,
+        "tensor": text("Tensor", width="large"),
+        "op": text("Op", width="small"),
+        "kind": text("Kind", width="small"),
+        "before": _db("Before", "SQNR in the run of the same recipe without exclusions."),
+        "after": _db("After", "SQNR in this run."),
+        "change": st.column_config.NumberColumn("Change dB", format="%+.1f", width="small"),
+    }
+
+
+def runs(entries: Iterable[tuple[RunRecord, str, str]]) -> pd.DataFrame:
+    """The history: newest first, with format and output SQNR as given."""
+    rows = [
+        {
+            "id": run.id,
+            "run": run.number,
+            "what": "the loaded file" if run.number == 0 else run.title,
+            "format": label,
+            "in float": len(run.exclusions),
+            "output": output,
+            "size": run.model.size_bytes / 1e6,
+            "made": run.created.replace("T", " ")[:16],
+        }
+        for run, label, output in entries
+    ]
+    frame = pd.DataFrame(
+        rows, columns=["id", "run", "what", "format", "in float", "output", "size", "made"]
+    )
+    return frame.sort_values("run", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def run_columns() -> dict[str, Any]:
+    """How the columns of `runs` are shown."""
+    text = st.column_config.TextColumn
+    number = st.column_config.NumberColumn
+    return {
+        "id": None,
+        "run": number("Run", format="%d", width="small"),
+        "what": text("What"),
+        "format": text("Format", width="small"),
+        "in float": number("Nodes in float", format="%d", width="small"),
+        "output": text("Lowest output SQNR", width="small"),
+        "size": number("MB", format="%.2f", width="small"),
+        "made": text("Made (UTC)", width="small"),
+    }
+
+
+def unmatched(items: Sequence[Unmatched]) -> pd.DataFrame:
+    """What is not compared, grouped by reason."""
+    return pd.DataFrame(
+        [
+            {
+                "Tensors": len(names),
+                "Kind": kind,
+                "Model": model,
+                "Reason": reason,
+                "Names": ", ".join(names),
+            }
+            for (kind, model, reason), names in group_unmatched(items).items()
+        ]
+    )
+
+
+def outputs(comparison: Comparison) -> pd.DataFrame:
+    """One row per graph output, every figure as text with its unit."""
+    return pd.DataFrame(
+        [
+            {
+                "Output": each.name,
+                "Simulated": format_db(each.sqnr_db),
+                "Deployed": format_db(each.deployed_sqnr_db),
+                "Worst channel": format_db(each.worst_channel_sqnr_db),
+                "Median channel": format_db(each.median_channel_sqnr_db),
+                "Worst sample": f"{format_db(each.worst_sample_sqnr_db)} ({each.worst_sample})",
+                "Median sample": format_db(each.median_sample_sqnr_db),
+                "Cosine": f"{each.cosine_similarity:.5f}",
+            }
+            for each in comparison.outputs
+        ]
+    )
+
+
+def provenance(view: View) -> pd.DataFrame:
+    """Which files and feeds the figures are of."""
+    comparison = view.comparison
+    rows = [
+        ("Float model", comparison.float_model),
+        ("Quantized model", comparison.quantized_model),
+    ]
+    return pd.DataFrame(
+        [
+            {
+                "": label,
+                "File": file.path,
+                "Format": file.quant_format,
+                "Size": format_bytes(file.size_bytes),
+                "sha256": file.sha256,
+            }
+            for label, file in rows
+        ]
+        + [
+            {
+                "": "Feeds",
+                "File": view.pair.inputs.title or view.pair.inputs.path,
+                "Format": feeds_text(comparison),
+                "Size": "",
+                "sha256": "",
+            }
+        ]
+    )

@@ -1,0 +1,104 @@
+"""What the web process asks the worker for, by name.
+
+Each function imports the workbench when it runs, which is in the worker: the web process never
+loads the runtime, however many pages it serves. Nothing here touches Streamlit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inspector.errors import ModelError
+from inspector.store import FeedSource
+
+SAMPLES_FOLDER = Path(__file__).resolve().parents[2] / "sample_models"
+SAMPLES = {
+    "digit-detector": "Digit detector (the scores collapse)",
+    "digit-transformer": "Digit transformer (healthy)",
+}
+
+
+def load_pair(root: Path, *, pair_title: str = "", **arguments: Any) -> str:
+    """The id of the run that a new pair opens on. Arguments as `workbench.load_pair`."""
+    from inspector import workbench
+
+    return workbench.load_pair(root, title=pair_title, **arguments)
+
+
+def load_sample(root: Path, name: str, **arguments: Any) -> str:
+    """The id of the run that a bundled sample pair opens on.
+
+    Raises:
+        ModelError: the sample's files are not where the project puts them.
+    """
+    folder = SAMPLES_FOLDER / name
+    feeds = folder / "feeds"
+    if not feeds.exists():
+        feeds = folder / "feeds.npz"
+    for path in (folder / "float.onnx", folder / "quantized.onnx", feeds):
+        if not path.exists():
+            raise ModelError(
+                f"The bundled sample {name} is incomplete: {path.name} is not in {folder}.",
+                hint="Install the project from a complete checkout, or load a pair of your own.",
+            )
+    return load_pair(
+        root,
+        float_path=folder / "float.onnx",
+        quantized_path=folder / "quantized.onnx",
+        inputs=FeedSource(
+            kind="path", path=str(feeds), preprocess=None, samples=None, title=feeds.name
+        ),
+        calibration=None,
+        pair_title=name,
+        **arguments,
+    )
+
+
+def requantize(root: Path, **arguments: Any) -> str:
+    """The id of the new run. Arguments as `workbench.requantize`."""
+    from inspector import workbench
+
+    return workbench.requantize(root, **arguments)
+
+
+def inspect_tensor(root: Path, **arguments: Any) -> dict[str, Any]:
+    """Histograms and maps of one tensor. Arguments as `workbench.inspect_tensor`."""
+    from inspector import workbench
+
+    return workbench.inspect_tensor(root, **arguments)
+
+
+def describe_model(path: Path, **arguments: Any) -> dict[str, Any]:
+    """What a model file holds. Arguments as `workbench.describe_model`."""
+    from inspector import workbench
+
+    return workbench.describe_model(path, **arguments)
+
+
+def propose_free(root: Path, **arguments: Any) -> list[str]:
+    """The nodes that make a node really float. Arguments as `workbench.propose_free`."""
+    from inspector import workbench
+
+    return workbench.propose_free(root, **arguments)
+
+
+def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """The nodes that an exclusion list can name. Arguments as `workbench.list_nodes`."""
+    from inspector import workbench
+
+    return workbench.list_nodes(root, **arguments)
+
+
+def preview_feed(**arguments: Any) -> dict[str, Any]:
+    """The first feed as the model gets it. Arguments as `workbench.preview_feed`."""
+    from inspector import workbench
+
+    return workbench.preview_feed(**arguments)
+
+
+def preprocess_presets(progress: Any) -> dict[str, dict[str, Any]]:
+    """The known ways to make tensors of pictures, by name, as JSON."""
+    from inspector.images import PRESETS
+
+    return {name: preset.to_json() for name, preset in PRESETS.items()}

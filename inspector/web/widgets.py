@@ -1,0 +1,551 @@
+"""The parts that more than one page shows."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from inspector import figures
+from inspector.comparison import ActivationError, Comparison, OutputError
+from inspector.errors import InspectorError
+from inspector.jobs import JobStatus
+from inspector.render import format_db, low_slices, shorten_name
+from inspector.store import RunRecord
+from inspector.web import session, tables
+from inspector.web.session import View
+
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&\"'])")
+_FORMATS = {
+    "qdq": "QDQ",
+    "qoperator": "QOperator",
+    "dynamic": "dynamic",
+    "weight_only": "weight only",
+    "float": "float",
+}
+_SEEN = {
+    "seen": ("seen", "All samples were used in calibration as well: the figures may flatter."),
+    "unseen": ("unseen", "None of the samples was used in calibration."),
+    "mixed": ("partly seen", "Some samples were used in calibration as well."),
+    "unknown": ("calibration unknown", "Which samples calibrated the loaded file is not known."),
+}
+
+
+# ── names in markdown ────────────────────────────────────────────────────────────────────────
+
+
+def md_text(text: str) -> str:
+    """The text as markdown that shows exactly it."""
+    return _MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
+
+
+def md_code(name: str) -> str:
+    """The name as a code span that it cannot break out of, whatever it contains."""
+    name = name.replace("\n", " ")
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", name)), default=0))
+    padding = " " if name.startswith("`") or name.endswith("`") else ""
+    return f"{fence}{padding}{name}{padding}{fence}" if name else "–"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────
+
+
+def error(found: InspectorError) -> None:
+    """Shows what is wrong and what to do about it: the one way this app shows an error."""
+    message = getattr(found, "message", str(found))
+    st.error(f"{md_text(message)}\n\n**{md_text(found.hint)}**", icon=":material/error:")
+
+
+def problem() -> None:
+    """Shows the error of the last finished job, until it is dismissed."""
+    found = session.problem()
+    if found is None:
+        return
+    with st.container(horizontal=True, vertical_alignment="center", key="problem"):
+        error(found)
+        st.button(
+            "Dismiss",
+            key="dismiss",
+            on_click=session.dismiss_problem,
+            type="tertiary",
+            icon=":material/close:",
+        )
+
+
+# ── jobs ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def remaining(job: JobStatus) -> str:
+    """What a job is doing and how long it still takes."""
+    if job.state == "queued":
+        return "waiting for its turn"
+    text = job.message or "starting"
+    if job.remaining_seconds is None:
+        return text
+    return f"{text} · {max(1, round(job.remaining_seconds))} s left"
+
+
+def job_card(job_id: str, *, place: str) -> None:
+    """A job's progress with its Stop button; renews itself, and the page once the job is over."""
+
+    @st.fragment(run_every=0.5)
+    def card() -> None:
+        job = session.worker().status(job_id)
+        if job.state not in session.ACTIVE:
+            st.rerun()
+        st.progress(
+            min(1.0, max(0.0, job.fraction)), text=md_text(f"{job.title}: {remaining(job)}")
+        )
+        st.button(
+            "Stop",
+            key=f"stop-{place}-{job_id}",
+            icon=":material/stop:",
+            on_click=session.stop_job,
+            args=(job_id,),
+        )
+
+    card()
+
+
+def waiting(job: JobStatus, *, height: int, key: str) -> None:
+    """A placeholder of the final height that turns into the answer once there is one."""
+
+    @st.fragment(run_every=0.4)
+    def poll() -> None:
+        now = session.status(job.id)
+        if now.state not in session.ACTIVE:
+            st.rerun()
+        st.caption(f"{md_text(now.title)}: {md_text(remaining(now))}")
+
+    with st.container(key=f"wait-{key}", height=height, border=True):
+        poll()
+
+
+# ── nothing to show ──────────────────────────────────────────────────────────────────────────
+
+
+def open_sample(name: str) -> None:
+    """Starts loading a bundled pair and waits for it."""
+    session.follow(session.open_sample(name), "load")
+
+
+def nothing_loaded() -> None:
+    """What a page says when there is no comparison yet: the job that makes one, or what to do."""
+    jobs = session.active_jobs()
+    if jobs:
+        st.subheader("Comparing…", anchor=False)
+        with st.container(height=430, border=True):
+            job_card(jobs[0].id, place="first")
+        return
+    failure = session.last_failure()
+    if failure is not None and session.problem() is None:
+        error(failure)
+    st.subheader("No models are loaded yet", anchor=False)
+    st.markdown(
+        "Load a float and a quantized ONNX model with a few inputs, or look at a bundled sample: "
+        "a trained detector whose scores collapse in int8."
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.page_link(page("models"), label="Load models", icon=":material/upload_file:")
+        st.button(
+            "Open the sample",
+            key="open-sample",
+            type="primary",
+            on_click=open_sample,
+            args=(session.FIRST_SAMPLE,),
+        )
+
+
+# ── the frame ────────────────────────────────────────────────────────────────────────────────
+
+_pages: dict[str, Any] = {}
+
+
+def register_pages(pages: dict[str, Any]) -> None:
+    """Tells the links which pages there are, by name."""
+    _pages.clear()
+    _pages.update(pages)
+
+
+def page(name: str) -> Any:
+    """The page of that name, for `st.page_link` and `st.switch_page`."""
+    return _pages[name]
+
+
+def format_label(recipe: dict[str, Any]) -> str:
+    """A recipe's format in three words, e.g. "int8 QDQ"."""
+    kind = str(recipe.get("format", "qdq"))
+    weights = str(recipe.get("weight_type", "int8"))
+    activations = str(recipe.get("activation_type", weights))
+    if kind in ("dynamic", "weight_only", "float"):
+        types = weights
+    else:
+        types = weights if weights == activations else f"{activations}/{weights}"
+    return _FORMATS.get(kind, kind) if kind == "float" else f"{types} {_FORMATS.get(kind, kind)}"
+
+
+def samples_label(comparison: Comparison) -> tuple[str, str]:
+    """How many samples and whether they are real and unseen; and what that means."""
+    if comparison.random_feeds:
+        return (
+            f"{count(comparison.samples, 'random feed')}",
+            "Seeded noise, not data: good for finding broken nodes, not for judging accuracy.",
+        )
+    mark, meaning = _SEEN.get(comparison.seen, ("", ""))
+    label = count(comparison.samples, "sample")
+    return (f"{label}, {mark}" if mark else label), meaning
+
+
+def worst_output_db(comparison: Comparison) -> float | None:
+    """The lowest output SQNR, pooled over the samples."""
+    values = [each.sqnr_db for each in comparison.outputs]
+    return min(values) if values else None
+
+
+def run_label(run: RunRecord) -> str:
+    """A run's number and what it is."""
+    if run.number == 0:
+        return "run 0 · the loaded file"
+    what = count(len(run.exclusions), "node") + " in float" if run.exclusions else "all quantized"
+    return f"run {run.number} · {what}"
+
+
+def _chosen(key: str, shown: str, select: Callable[[str], None]) -> None:
+    """Selects what was chosen in a box.
+
+    Streamlit also calls back for a box that has just left the page, with the value it had: when
+    that is the one it was shown with, nobody has chosen anything.
+    """
+    wanted = st.session_state.get(key)
+    if wanted and wanted != shown:
+        select(str(wanted))
+
+
+def context_bar(view: View) -> None:
+    """What is looked at: pair, format, samples, run, and the output's SQNR before and after."""
+    ids = [each.id for each in view.runs]
+    labels = {each.id: run_label(each) for each in view.runs}
+    samples, meaning = samples_label(view.comparison)
+    after = format_db(worst_output_db(view.comparison))
+    with st.container(
+        horizontal=True, vertical_alignment="center", key="context", gap="medium", wrap=False
+    ):
+        st.markdown(f"**{md_text(shorten_name(view.pair.title, 36))}**", width="content")
+        st.badge(format_label(view.run.recipe), color="orange")
+        st.badge(
+            samples,
+            color="violet" if view.comparison.random_feeds else "gray",
+            help=meaning or None,
+        )
+        # A box whose value is changed from outside may answer with its old value, which would
+        # undo the change: each view has a box of its own.
+        key = f"context-run-{view.run.id}-{len(ids)}"
+        st.selectbox(
+            "Run",
+            ids,
+            index=ids.index(view.run.id),
+            key=key,
+            format_func=lambda run_id: labels.get(run_id, run_id),
+            label_visibility="collapsed",
+            on_change=_chosen,
+            args=(key, view.run.id, session.select_run),
+            width=210,
+        )
+        st.space("stretch")
+        several = len(view.comparison.outputs) > 1
+        what = "lowest output SQNR" if several else "output SQNR"
+        if view.before is not None and view.baseline is not None:
+            before = format_db(worst_output_db(view.before))
+            st.markdown(
+                f"{before} → **{after}**",
+                width="content",
+                help=f"{what}: run {view.baseline.number} → run {view.run.number}",
+            )
+        else:
+            st.markdown(f"**{after}**", width="content", help=f"{what} of this run")
+
+
+def sentence(text: str, severity: str = "") -> None:
+    """The sentence that states a page's finding."""
+    with st.container(key="sentence"):
+        sign = {"problem": ":red[●] ", "look": ":orange[▲] ", "fine": ":green[✓] "}
+        st.markdown(sign.get(severity, "") + md_text(text))
+
+
+def tiles(entries: Sequence[tuple[str, str, str, str]]) -> None:
+    """At most four figures side by side, each as (name, value with unit, second line, meaning)."""
+    for column, (label, value, second, meaning) in zip(
+        st.columns(len(entries), gap="small"), entries, strict=True
+    ):
+        column.metric(
+            label,
+            value,
+            second or None,
+            delta_color="off",
+            delta_arrow="off",
+            help=meaning or None,
+            border=True,
+            height="stretch",
+        )
+
+
+def picture(
+    figure: Any,
+    *,
+    key: str,
+    name: str,
+    alt: str,
+    clickable: bool = False,
+) -> None:
+    """A figure with its data as CSV in its upper right corner; a click may select a tensor."""
+    with st.container(key=f"picture-{key}", gap=None):
+        with st.container(key=f"csv-{key}"):
+            st.download_button(
+                "CSV",
+                data=figures.figure_csv(figure),
+                file_name=f"{file_name(name)}.csv",
+                mime="text/csv",
+                key=f"download-{key}",
+                on_click="ignore",
+                type="tertiary",
+                help="Download the numbers of this picture",
+            )
+        selection: dict[str, Any] = {}
+        if clickable:
+            selection = {"on_select": partial(point_clicked, key), "selection_mode": "points"}
+        st.plotly_chart(
+            figure,
+            key=key,
+            theme=None,
+            alt=alt,
+            config={"displayModeBar": False, "displaylogo": False},
+            **selection,
+        )
+
+
+def point_clicked(key: str) -> None:
+    """Selects the tensor whose point was clicked in a picture, once per click."""
+    name = _selected_point(key)
+    if name != st.session_state.get(f"clicked-{key}", ""):
+        st.session_state[f"clicked-{key}"] = name
+        session.select_tensor(name)
+
+
+def _selected_point(key: str) -> str:
+    state: Any = st.session_state.get(key) or {}
+    points: Iterable[Any] = state.get("selection", {}).get("points", ())
+    for point in points:
+        found = point.get("customdata")
+        if isinstance(found, (list, tuple)):
+            found = found[0] if found else None
+        if isinstance(found, str):
+            return found
+    return ""
+
+
+def file_name(name: str) -> str:
+    """A file name made of a tensor's or a pair's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).name or name).strip("._") or "download"
+
+
+_KEY_TABLE = """
+| key | does |
+|---|---|
+| `j` `k` | next, previous worst tensor |
+| `x` | leave the selected tensor's node in float, or quantize it |
+| `z` `Shift z` | undo, redo the ticked nodes |
+| `/` | search |
+| `?` | this list |
+"""
+
+
+@st.dialog("Keys")
+def keys_dialog() -> None:
+    """Shows the keys."""
+    st.markdown(_KEY_TABLE)
+
+
+def leave_in_float(view: View, *, key: str) -> None:
+    """The button that ticks the selected tensor's node, with `x`."""
+    draft = session.draft(view.pair.id, view.run.exclusions)
+    ticked = view.node in draft.nodes
+    st.button(
+        "Quantize again" if ticked else "Leave in float",
+        key=key,
+        shortcut="x",
+        disabled=not view.node,
+        icon=":material/undo:" if ticked else ":material/block:",
+        on_click=session.toggle,
+        args=(view.pair.id, draft, view.node),
+        help="Ticks this tensor's node on the exclusions page; Re-quantize applies it.",
+    )
+
+
+def step_worst(view: View, by: int) -> None:
+    """Selects the tensor that is `by` places further down the worst-first list."""
+    order = session.worst_first(view.comparison)
+    if order:
+        place = order.index(view.tensor) + by if view.tensor in order else 0
+        session.select_tensor(order[max(0, min(len(order) - 1, place))])
+
+
+def neighbours(view: View, *, key: str) -> None:
+    """The two buttons to the previous and the next worst tensor, with `k` and `j`."""
+    order = session.worst_first(view.comparison)
+    place = order.index(view.tensor) if view.tensor in order else 0
+    st.button(
+        ":material/arrow_upward:",
+        key=f"{key}-previous",
+        shortcut="k",
+        help="The tensor before this one in the list, worst first",
+        disabled=place == 0,
+        on_click=step_worst,
+        args=(view, -1),
+    )
+    st.button(
+        ":material/arrow_downward:",
+        key=f"{key}-next",
+        shortcut="j",
+        help="The next worst tensor",
+        disabled=place >= len(order) - 1,
+        on_click=step_worst,
+        args=(view, 1),
+    )
+
+
+# ── filters (in the address) and the table they filter ───────────────────────────────────────
+
+
+def find_field(label: str = "Search") -> str:
+    """The text every word of which has to occur; `/` leads here."""
+    return (
+        st.text_input(
+            label,
+            key="find",
+            bind="query-params",
+            type="search",
+            live=True,
+            placeholder="Search (/)",
+            label_visibility="collapsed",
+            width=170,
+        )
+        or ""
+    )
+
+
+def kind_field() -> str | None:
+    """The kind of tensor to list; None for all."""
+    names = {"activation": "Activations", "weight": "Weights", "bias": "Biases"}
+    return st.segmented_control(
+        "Kind",
+        tables.KINDS,
+        format_func=names.__getitem__,
+        key="kind",
+        bind="query-params",
+        label_visibility="collapsed",
+    )
+
+
+def op_field(op_types: Sequence[str]) -> str | None:
+    """The op type to list; None for all."""
+    return st.selectbox(
+        "Op type",
+        op_types,
+        index=None,
+        key="op",
+        bind="query-params",
+        placeholder="Any op type",
+        label_visibility="collapsed",
+        width=130,
+    )
+
+
+def tensor_field(view: View, order: Sequence[str]) -> None:
+    """The selected tensor, to be chosen from all, worst first."""
+    key = f"tensor-choice-{zlib.crc32(f'{view.run.id}{view.tensor}'.encode()):x}"
+    st.selectbox(
+        "Tensor",
+        order,
+        index=list(order).index(view.tensor),
+        key=key,
+        format_func=lambda name: shorten_name(name, 64),
+        on_change=_chosen,
+        args=(key, view.tensor, session.select_tensor),
+        label_visibility="collapsed",
+        width=480,
+    )
+
+
+def tensor_table(
+    frame: Any, view: View, *, key: str, columns: dict[str, Any] | None = None
+) -> None:
+    """A table of tensors (column `name`) in which a click on a row selects the tensor."""
+    if not len(frame):
+        st.caption("No tensor passes the filters: clear the search or choose another kind.")
+        return
+    names = list(frame["name"])
+    # The rows under a key change with run and filters, so they are part of it: a selection is a
+    # row number.
+    full_key = f"{key}-{view.run.id}-{zlib.crc32(chr(0).join(names).encode()):x}"
+    wanted = [names.index(view.tensor)] if view.tensor in names else []
+
+    def row_chosen() -> None:
+        rows = st.session_state[full_key]["selection"]["rows"]
+        if rows and rows != wanted:
+            session.select_tensor(names[rows[0]])
+
+    state: Any = st.session_state.get(full_key) or {}
+    if list(state.get("selection", {}).get("rows", ())) != wanted:
+        st.session_state[full_key] = {"selection": {"rows": wanted, "columns": [], "cells": []}}
+    st.dataframe(
+        tables.shown(frame),
+        key=full_key,
+        hide_index=True,
+        column_config=columns or tables.tensor_columns(),
+        on_select=row_chosen,
+        selection_mode="single-row",
+        height=min(420, 36 + 35 * len(frame)),
+        placeholder="–",
+    )
+
+
+def notes(sentences: Sequence[str], word: str) -> None:
+    """Sentences to read before trusting a figure, folded away where there are many."""
+    if not sentences:
+        return
+    lines = "\n".join(f"- {md_text(each)}" for each in sentences)
+    if len(sentences) == 1 and word == "warning":
+        st.warning(md_text(sentences[0]), icon=":material/warning:")
+    else:
+        with st.expander(count(len(sentences), word), expanded=word == "warning"):
+            st.markdown(lines)
+
+
+def parts_table(record: OutputError | ActivationError) -> None:
+    """Where an output collapses: the parts it is joined from, or its channels, worst first."""
+    joined = bool(low_slices(record))
+    with st.container(key="parts", gap="xsmall"):
+        name = md_code(shorten_name(record.name, 30))
+        st.markdown(f"**{name} {'is joined from' if joined else 'by channel, worst first'}**")
+        st.dataframe(
+            tables.shown(tables.parts(record)),
+            hide_index=True,
+            column_config=tables.part_columns(),
+            height="content" if joined and len(record.slices) < 8 else 290,
+            placeholder="–",
+            key="parts-table",
+        )
+        if joined:
+            st.caption(
+                "Parts that share one scale but not one size: the small one is rounded away."
+            )

@@ -1,0 +1,61 @@
+"""What am I comparing, and how do I load my own?"""
+
+import streamlit as st
+
+from inspector.errors import InspectorError
+from inspector.web import forms, parts, session, tasks, widgets
+
+# get
+view = session.view()
+
+# guard: without a pair only the form is shown
+if view is not None:
+    # show: both sides and the feeds
+    widgets.context_bar(view)
+    parts.pair(view)
+elif session.active_jobs():
+    widgets.nothing_loaded()
+else:
+    widgets.sentence("Load a float and a quantized model, or open a sample")
+
+# ask: a pair of one's own
+busy = session.running("load")
+with st.expander("Load your own models", expanded=view is None, key="load", on_change="rerun"):
+    chosen = None
+    try:
+        chosen = forms.load_form()
+    except InspectorError as error:
+        widgets.error(error)
+    fits = parts.preview(chosen)
+    with st.container(height=92, border=False, key="compare-slot"):
+        if busy is not None:
+            widgets.job_card(busy.id, place="load")
+        else:
+            ready = chosen is not None and chosen.float_path and chosen.inputs and fits
+            if st.button(
+                "Compare",
+                type="primary",
+                disabled=not ready,
+                icon=":material/play_arrow:",
+                help=None if ready else "Choose a float model and inputs first.",
+                key="compare",
+            ):
+                assert chosen is not None
+                session.dismiss_problem()
+                session.follow(
+                    session.worker().submit(
+                        tasks.load_pair,
+                        session.root(),
+                        float_path=chosen.float_path,
+                        quantized_path=chosen.quantized_path,
+                        inputs=chosen.inputs,
+                        calibration=chosen.calibration,
+                        pair_title=chosen.title,
+                        title=f"Comparing {chosen.title}",
+                    ),
+                    "load",
+                )
+                st.rerun()
+
+# ask: a sample or an earlier pair
+parts.samples_and_pairs(view)

@@ -1,0 +1,72 @@
+"""What broke, and where does the error enter?"""
+
+import streamlit as st
+
+from inspector import figures
+from inspector.render import find_headline
+from inspector.web import facts, session, style, tables, widgets
+
+PICTURE, TABLE = "depth", "tensors"
+
+# get
+view = session.view()
+
+# guard
+if view is None:
+    widgets.nothing_loaded()
+    st.stop()
+assert view is not None
+
+# show: the finding, four figures, one picture
+comparison = view.comparison
+headline = find_headline(comparison)
+widgets.context_bar(view)
+widgets.sentence(headline.sentence, headline.severity)
+widgets.tiles(facts.overview_tiles(view, headline.output))
+
+parts = facts.uneven(comparison, headline.output)
+left, right = st.columns([1.75, 1], gap="small") if parts else (st.container(), None)
+with left:
+    widgets.picture(
+        figures.error_by_depth(
+            comparison,
+            selected=view.tensor,
+            excluded=view.run.exclusions,
+            dark=style.is_dark(),
+        ),
+        key=PICTURE,
+        name=f"{view.pair.title}-run{view.run.number}-error-by-depth",
+        alt="SQNR of every tensor in topological order; click a point to select its tensor",
+        clickable=True,
+    )
+if right is not None and parts is not None:
+    with right:
+        widgets.parts_table(parts)
+
+# ask: which tensors the table lists; the answer is in the address
+with st.container(
+    horizontal=True, vertical_alignment="center", key="overview-filters", gap="xsmall"
+):
+    text = widgets.find_field()
+    kind = widgets.kind_field()
+    op_type = widgets.op_field(tables.op_types(comparison))
+    st.space("stretch")
+    widgets.neighbours(view, key="overview")
+    widgets.leave_in_float(view, key="overview-float")
+    st.page_link(
+        widgets.page("tensors"),
+        label="Why?",
+        icon=":material/bar_chart:",
+        query_params={**session.address(), "tensor": view.tensor},
+    )
+
+# show: every tensor, worst first
+widgets.tensor_table(
+    tables.tensors(comparison, text=text, kind=kind, op_type=op_type), view, key=TABLE
+)
+widgets.notes(comparison.warnings, "warning")
+widgets.notes(view.run.notes, "note")
+if comparison.unmatched:
+    label = widgets.count(len(comparison.unmatched), "tensor")
+    with st.expander(f"{label} not compared, with the reason"):
+        st.dataframe(tables.unmatched(comparison.unmatched), hide_index=True)

@@ -1,0 +1,122 @@
+"""Why is this tensor wrong?"""
+
+import streamlit as st
+
+from inspector import figures
+from inspector.comparison import ActivationError
+from inspector.render import shorten_name
+from inspector.web import facts, session, style, tables, widgets
+
+# get
+view = session.view()
+
+# guard
+if view is None:
+    widgets.nothing_loaded()
+    st.stop()
+assert view is not None
+widgets.context_bar(view)
+record = view.record
+if record is None:
+    widgets.sentence("No tensor of the two models could be compared")
+    st.markdown("The overview lists every tensor that is not compared, with the reason.")
+    st.stop()
+assert record is not None
+
+# ask: which tensor
+order = session.worst_first(view.comparison)
+with st.container(horizontal=True, vertical_alignment="center", key="tensor-controls"):
+    widgets.tensor_field(view, order)
+    widgets.neighbours(view, key="tensors")
+    widgets.leave_in_float(view, key="tensors-float")
+    place = order.index(view.tensor) + 1
+    st.caption(f"{place} of {len(order)}, worst first", width="content")
+    st.space("stretch")
+    logarithmic = st.toggle("Log counts", value=True, key="log", bind="query-params")
+
+# show: what is known without running anything
+widgets.sentence(facts.tensor_sentence(record), style.severity(session.rank_of(record)))
+short = widgets.md_code(shorten_name(record.name, 44))
+node = f"of {record.op_type} {widgets.md_code(shorten_name(record.node, 44))}"
+note = f" · {widgets.md_text(record.note)}" if record.note else ""
+st.caption(
+    f"{view.kind} {short} {node if record.node else '(graph input)'} · stored as "
+    f"{record.dtype} · {' × '.join(map(str, record.shape)) or 'scalar'}{note}",
+    help=f"Tensor {widgets.md_code(record.name)}, node {widgets.md_code(record.node)}",
+)
+with st.container(key="formula"):
+    st.code(facts.formula(record), language=None)
+widgets.tiles(facts.tensor_tiles(record))
+
+# get: its values, from the worker
+answer = session.tensor_detail(view)
+
+# guard and show
+name = f"{view.pair.title}-run{view.run.number}-{record.name}"
+dark = style.is_dark()
+parts = record.slices if isinstance(record, ActivationError) else ()
+if parts:
+    widgets.picture(
+        figures.slices(parts, dark),
+        key="slices",
+        name=f"{name}-slices",
+        alt="SQNR of each part that was joined",
+    )
+left, right = st.columns(2, gap="small")
+if answer.job is not None:
+    with left:
+        # As high as the pictures that follow, so that nothing below moves.
+        widgets.waiting(answer.job, height=320, key="histogram")
+        st.container(height=300, border=True, key="wait-errors")
+    right.container(height=380, border=True, key="wait-map")
+elif answer.error is not None:
+    widgets.error(answer.error)
+    st.button("Try again", on_click=session.forget_tensor, args=(view,), key="again")
+else:
+    with left:
+        widgets.picture(
+            figures.histogram(answer.value, log=logarithmic, dark=dark),
+            key="histogram",
+            name=f"{name}-histogram",
+            alt="Histogram of the tensor, float against dequantized",
+        )
+        widgets.picture(
+            figures.error_histogram(answer.value, dark, log=logarithmic),
+            key="errors",
+            name=f"{name}-errors",
+            alt="Histogram of the error",
+        )
+    with right:
+        widgets.picture(
+            figures.value_map(answer.value, dark),
+            key="map",
+            name=f"{name}-map",
+            alt="Float value against dequantized value",
+        )
+        st.table(tables.tensor_facts(record), border="horizontal", hide_header=True)
+if record.channel_sqnr_db:
+    activation = isinstance(record, ActivationError)
+    low = record.channel_low if isinstance(record, ActivationError) else tuple(
+        -each for each in record.channel_absmax
+    )  # fmt: skip
+    high = record.channel_high if isinstance(record, ActivationError) else record.channel_absmax
+    widgets.picture(
+        figures.channels(
+            record.channel_sqnr_db,
+            low,
+            high,
+            worst=record.worst_channel,
+            dark=dark,
+        ),
+        key="channels",
+        name=f"{name}-channels",
+        alt="SQNR per channel, worst first",
+    )
+for output in view.comparison.outputs:
+    if output.name == record.name and len(output.per_sample_sqnr_db) > 1:
+        widgets.picture(
+            figures.per_sample(output, dark, sample_names=view.comparison.sample_names),
+            key="samples",
+            name=f"{name}-samples",
+            alt="SQNR per sample",
+        )
