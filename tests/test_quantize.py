@@ -1064,9 +1064,7 @@ def test_a_custom_operator_is_named_before_calibration(tmp_path: Path) -> None:
     proto = conv_relu_gemm()
     proto.graph.node[1].op_type, proto.graph.node[1].domain = "MyRelu", "my.ops"
     proto.opset_import.add(domain="my.ops", version=1)
-    with pytest.raises(
-        ModelError, match=r"custom\.onnx uses an operator that .*MyRelu"
-    ):
+    with pytest.raises(ModelError, match=r"custom\.onnx uses an operator that .*MyRelu"):
         quantize_model(
             load_model(saved(proto, tmp_path / "custom.onnx")), QuantConfig(format="dynamic"),
             calibration=None, output=tmp_path / "o.onnx", cache=tmp_path / "cache",

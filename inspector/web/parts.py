@@ -46,7 +46,7 @@ def _model_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Format", str(found["quant_format"])),
         (
             "Nodes quantized",
-            format_count(found["quantized_nodes"], found.get("compute_nodes", found["nodes"])),
+            format_count(found["quantized_nodes"], found["nodes"]),
         ),
         ("Weights quantized", format_count(found["quantized_weights"], found["weights"])),
         ("Top ops", ", ".join(f"{op} {number:,}" for op, number in ops[:5])),

@@ -212,6 +212,19 @@ def worst_output_db(comparison: Comparison) -> float | None:
     return min(values) if values else None
 
 
+def _hidden_slice(view: View) -> str:
+    """The lowest SQNR of a joined part, before and after, where the pooled figure hides it."""
+    sides = [view.before, view.comparison] if view.before is not None else [view.comparison]
+    if not any(low_slices(output) for side in sides for output in side.outputs):
+        return ""
+    figures_db = [
+        min((part.sqnr_db for output in side.outputs for part in output.slices), default=None)
+        for side in sides
+    ]
+    *before, after = map(format_db, figures_db)
+    return " → ".join([*before, f"**{after}**"])
+
+
 def run_label(run: RunRecord) -> str:
     """A run's number and what it is."""
     if run.number == 0:
@@ -264,15 +277,15 @@ def context_bar(view: View) -> None:
         st.space("stretch")
         several = len(view.comparison.outputs) > 1
         what = "lowest output SQNR" if several else "output SQNR"
+        text, of = f"**{after}**", "of this run"
         if view.before is not None and view.baseline is not None:
-            before = format_db(worst_output_db(view.before))
-            st.markdown(
-                f"{before} → **{after}**",
-                width="content",
-                help=f"{what}: run {view.baseline.number} → run {view.run.number}",
-            )
-        else:
-            st.markdown(f"**{after}**", width="content", help=f"{what} of this run")
+            text = f"{format_db(worst_output_db(view.before))} → {text}"
+            of = f": run {view.baseline.number} → run {view.run.number}"
+        hidden = _hidden_slice(view)
+        if hidden:
+            text += f" · worst part {hidden}"
+            what += " and that of the worst part joined into it"
+        st.markdown(text, width="content", help=f"{what} {of}".replace(" :", ":"))
 
 
 def sentence(text: str, severity: str = "") -> None:

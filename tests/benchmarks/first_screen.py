@@ -1,6 +1,6 @@
 """Seconds from the first request to the sample's comparison on screen, file cache warm.
 
-    python -m tests.benchmarks.first_screen
+python -m tests.benchmarks.first_screen
 """
 
 from __future__ import annotations
