@@ -290,12 +290,14 @@ def _quantize(
         summary = _summary(comparison)
         before = base.summary if base is not None else None
         summary["before"] = None if before is None else before["outputs"]
-        names: dict[str, Any] = {"model": pair.float_model.name, "output": target.name}
+        file = pair.float_model.path
+        shown = pair.float_model.name if workspace.root in file.parents else str(file)
+        names: dict[str, Any] = {"model": shown, "output": target.name}
         summary["commands"] = {
             "inspector": inspector_command(
                 config,
                 exclude,
-                float_name=pair.float_model.name,
+                float_name=shown,
                 output=target.name,
                 inputs=_command_path(pair.inputs),
                 calibration=_command_path(pair.calibration),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inspector.comparison import ActivationError, Comparison, OutputError, WeightError
+from inspector.comparison import ActivationError, Comparison, Latency, OutputError, WeightError
 from inspector.qparams import integer_range
 from inspector.render import (
     format_bytes,
@@ -104,6 +104,14 @@ def task_or_size_tiles(view: View) -> list[Tile]:
     return tiles
 
 
+def pace(latency: Latency) -> str:
+    """How the quantized model's latency stands to the float model's, in words."""
+    ratio = latency.quantized_seconds / latency.float_seconds if latency.float_seconds else 1.0
+    if 0.95 <= ratio <= 1.05:
+        return "as fast"
+    return f"{ratio:.1f} × slower" if ratio > 1 else f"{1 / ratio:.1f} × faster"
+
+
 def latency_tile(comparison: Comparison) -> Tile:
     """The latency of both models on this machine."""
     latency = comparison.latency
@@ -112,7 +120,7 @@ def latency_tile(comparison: Comparison) -> Tile:
     return (
         "int8 against float on this machine",
         f"{format_ms(latency.quantized_seconds)}",
-        f"float {format_ms(latency.float_seconds)}",
+        f"float {format_ms(latency.float_seconds)}: int8 is {pace(latency)}",
         f"Deployed, one feed, median of {latency.runs} interleaved runs; spread "
         f"{format_ms(latency.quantized_spread_seconds)} and "
         f"{format_ms(latency.float_spread_seconds)}. Other machines differ.",
