@@ -20,6 +20,8 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.samples import ROOT
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+# The depth chart of the overview, once it is drawn.
+CHART = ".st-key-picture-depth .js-plotly-plot .trace"
 _ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

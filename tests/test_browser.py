@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 from inspector.cli import main as cli_main
 from inspector.render import format_db
 from inspector.store import Workspace
-from tests.browser import CHROMIUM, chromium, running_app
+from tests.browser import CHART, CHROMIUM, chromium, running_app
 from tests.samples import ROOT
 
 SAMPLE = ROOT / "sample_models" / "digit-detector"
@@ -60,7 +60,7 @@ def test_a_user_sees_the_collapse_excludes_the_node_and_gets_the_command_lines_n
     with running_app(data) as address:
         page.goto(address)
         expect(page.get_by_text("slice is silent")).to_be_visible(timeout=PATIENCE)
-        expect(page.locator(".js-plotly-plot").first).to_be_visible(timeout=PATIENCE)
+        expect(page.locator(CHART).first).to_be_visible(timeout=PATIENCE)
         expect(page.get_by_text("Page not found")).to_have_count(0)
 
         page.get_by_role("link", name="Exclusions").click()

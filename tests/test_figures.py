@@ -325,28 +325,41 @@ def test_with_parents_a_fall_is_measured_from_a_tensors_own_inputs() -> None:
     assert labels(figures.error_by_depth(comparison(records))) == ["/t1/Conv  −30.0 dB"]
 
 
-def test_labels_never_overlap_in_a_narrow_or_a_wide_figure() -> None:
-    spots = [
-        figures._Spot(x=0.5 + 0.01 * i, y=100.0, text="/a/long/name/Conv  −9.9 dB")
-        for i in range(4)
-    ]
-    points = np.column_stack([np.linspace(0, 1, 50), np.full(50, 100.0)])
-    places = figures._place_labels(spots, points, [600, 1400], 234)
-    assert sum(p is not None for p in places) >= 3
-    for width in (600, 1400):
-        boxes = []
-        for spot, place in zip(spots, places, strict=True):
-            if place is None:
-                continue
-            wide = figures._LABEL_CHAR_PX * len(spot.text)
-            shift = {"left": 0.0, "right": -wide, "center": -wide / 2}[place[2]]
-            x, y = spot.x * width + place[0] + shift, spot.y + place[1]
-            assert 0 <= x <= width - wide
-            assert 0 <= y <= 234
-            boxes.append((x, y, wide))
-        for i, (x, y, wide) in enumerate(boxes):
-            for x2, y2, wide2 in boxes[:i]:
-                assert x + wide <= x2 or x2 + wide2 <= x or abs(y - y2) >= 14
+def test_labels_never_share_a_row_and_stay_in_the_plot() -> None:
+    parents = {f"t{i}": ["t0"] for i in range(1, 12)}
+    for values in ([45.0] * 8 + [4.0, 3.0, 2.0, 1.0], [45.0, 1.0, 2.0, 3.0], [45.0, -15.0, NAN]):
+        records = comparison(series(*values), [output("o", values[-1])])
+        figure = figures.error_by_depth(records, parents=parents)
+        bottom, top = figure.layout.yaxis.range
+        height = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+        rows = sorted(
+            (top - a.y) / (top - bottom) * height + a.ay for a in figure.layout.annotations
+        )
+        assert len(rows) >= 2
+        assert all(b - a >= 15 for a, b in pairwise(rows))
+        assert rows[0] >= 8
+        assert rows[-1] <= height - 8
+
+
+def test_a_fall_that_recovers_is_not_the_title_where_the_output_is_fine() -> None:
+    fine, low = series(45, 44, 22, 41, 42), series(45, 44, 12, 41, 42)
+    assert title(figures.error_by_depth(comparison(fine, [output("o", 42)]))) == (
+        "Accumulated SQNR stays above 20 dB"
+    )
+    assert title(figures.error_by_depth(comparison(low, [output("o", 42)]))) == (
+        "The lowest tensor is /t2/Conv with 12.0 dB, the output has 42.0 dB"
+    )
+    assert title(figures.error_by_depth(comparison(low, [output("o", 13)]))) == (
+        "The largest fall is at /t2/Conv: 44.0 to 12.0 dB"
+    )
+
+
+def test_one_output_is_labelled_inside_and_several_in_the_margin() -> None:
+    one = figures.error_by_depth(comparison(series(45, 44), [output("a_long_output_name", 30)]))
+    two = figures.error_by_depth(comparison(series(45, 44), [output("a", 30), output("b", 31)]))
+    assert one.layout.margin.r <= 20 < two.layout.margin.r
+    assert one.layout.annotations[0].xanchor == "right"
+    assert two.layout.annotations[0].xanchor == "left"
 
 
 def test_outputs_stand_right_of_all_tensors_with_their_names() -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.browser import chromium, running_app
+from tests.browser import CHART, chromium, running_app
 
 REPEATS = 3
 
@@ -26,7 +26,7 @@ def measure() -> list[float]:
                 begin = time.perf_counter()
                 page.goto(address)
                 page.get_by_text("slice is silent").wait_for(timeout=60_000)
-                page.locator(".js-plotly-plot").first.wait_for(timeout=60_000)
+                page.locator(CHART).first.wait_for(timeout=60_000)
                 seconds.append(time.perf_counter() - begin)
                 context.close()
     return seconds[1:]
