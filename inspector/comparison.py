@@ -7,7 +7,13 @@ Local and accumulated error are defined in the README's glossary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+# Below 20 dB an output is worth a look.
+LOOK_DB = 20.0
+# A part this far below the whole is hidden by the pooled figure.
+FAR_BELOW_DB = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,3 +285,14 @@ class Comparison:
     task: Task | None
     latency: Latency | None
     warnings: tuple[str, ...]
+
+
+def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:
+    """Parts of a Concat far below the whole and below 20 dB, lowest first."""
+    whole = output.sqnr_db if isinstance(output, OutputError) else output.accumulated_sqnr_db
+    low = [
+        s
+        for s in output.slices
+        if s.sqnr_db < min(LOOK_DB, whole - FAR_BELOW_DB) and s.sqnr_db != -math.inf
+    ]
+    return tuple(sorted(low, key=lambda s: s.sqnr_db))

@@ -25,14 +25,19 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:  # the records only: drawing must not load what runs models
-    from inspector.comparison import ActivationError, Comparison, OutputError, SliceError
+from inspector.comparison import (
+    ActivationError,
+    Comparison,
+    OutputError,
+    SliceError,
+    low_slices,
+)
 
 ERROR_STEPS: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0)
 ERROR_COLORS: tuple[str, ...] = ("#2a59c0", "#6077a8", "#8b8e90", "#b5a765", "#dcc54a")
@@ -467,6 +472,12 @@ def _first_break(activations: Sequence[ActivationError]) -> int | None:
     return next(broken, None)
 
 
+def _hidden_parts(activations: Sequence[ActivationError]) -> dict[int, SliceError]:
+    """By position, the lowest part of a Concat that the figure of the whole hides."""
+    low = {i: low_slices(a) for i, a in enumerate(activations) if a.slices}
+    return {i: parts[0] for i, parts in low.items() if parts}
+
+
 def _depth_title(
     comparison: Comparison, falls: Sequence[float | None], worst: Sequence[int]
 ) -> str:
@@ -474,6 +485,14 @@ def _depth_title(
     broken = _first_break(activations)
     if broken is not None:
         return f"The values stop being finite at {_name(_node(activations[broken]), 36)}"
+    hidden = _hidden_parts(activations)
+    if hidden:
+        i = min(hidden, key=lambda i: hidden[i].sqnr_db)
+        part, whole = hidden[i], activations[i]
+        return (
+            f"{_name(whole.name, 28)} hides a part: {_name(part.source, 32)} at "
+            f"{_db(part.sqnr_db)} under {_db(whole.accumulated_sqnr_db)}"
+        )
     finite = [a for a in activations if not math.isnan(a.accumulated_sqnr_db)]
     if not finite:
         return "No tensor has a finite SQNR"
@@ -682,7 +701,10 @@ def error_by_depth(
     in_float = {i: accumulated[i] for i, a in enumerate(activations) if a.node in excluded}
     falls = _falls(activations, parents)
     worst = _worst_falls(activations, falls)
-    every = [*accumulated, *local.values(), *(o.sqnr_db for o in comparison.outputs)]
+    hidden = _hidden_parts(activations)
+    parts = {i: part.sqnr_db for i, part in hidden.items()}
+    outputs = [o.sqnr_db for o in comparison.outputs]
+    every = [*accumulated, *local.values(), *parts.values(), *outputs]
     axis = _DecibelAxis.of(every, floor_row=bool(in_float))
     told = zip(activations, falls, strict=True)
     hover = [_depth_hover(a, before, i in in_float) for i, (a, before) in enumerate(told)]
@@ -698,6 +720,11 @@ def error_by_depth(
     plot.line("accumulated", accumulated, colors.quantized, 2.0)
     if comparison.outputs:
         plot.outputs("output", comparison.outputs)
+    if parts:
+        line = {"width": 1, "color": _fade(colors.ink, 0.55)}
+        fill = [error_color(db) for db in parts.values()]
+        mark = {"symbol": "triangle-down", "size": 12, "color": fill, "line": line}
+        plot.marks("part of a Concat", parts, marker=mark)
     if in_float:
         line = {"width": 3, "color": colors.excluded}
         tick = {"symbol": "line-ns", "size": 11, "color": colors.excluded, "line": line}
@@ -710,14 +737,25 @@ def error_by_depth(
         y = [axis.y(accumulated[at])]
         _decorate(plot.figure, "selected", [at], y, "markers", marker=ring, showlegend=False)
     broken = _first_break(activations)
-    spots = []
+    spots = [
+        (i, part.sqnr_db, f"{_name(part.source)}  {_db(part.sqnr_db)}")
+        for i, part in sorted(hidden.items(), key=lambda item: item[1].sqnr_db)[:_MOST_FALLS]
+    ]
+    named = {i for i, _, _ in spots}
     for i in dict.fromkeys([*([] if broken is None else [broken]), *worst]):
+        if i in named:
+            continue
         after = accumulated[i]
         change = _fall_db(falls[i], after)
         fell = "not finite" if i == broken else _db(after if change is None else -change)
         spots.append((i, after, f"{_name(_node(activations[i]))}  {fell}"))
     plot.label(spots)
     return plot.figure
+
+
+def blank(dark: bool = False) -> go.Figure:
+    """An empty frame of the depth chart's size, to be shown while there is nothing yet."""
+    return _nothing("", "", "", dark, DEPTH_HEIGHT)
 
 
 def before_after(

@@ -21,26 +21,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from inspector.comparison import (
+    FAR_BELOW_DB,
+    LOOK_DB,
     ActivationError,
     Comparison,
     OutputError,
-    SliceError,
     Unmatched,
     WeightError,
+    low_slices,
 )
 from inspector.errors import ReportError
 
 COMPARISON_FORMAT = "quant-inspector/comparison"
 COMPARISON_VERSION = 1
 
-# Below 20 dB an output is worth a look, below 10 dB its noise is a third of its size.
-LOOK_DB = 20.0
+# Below 10 dB an output's noise is a third of its size.
 PROBLEM_DB = 10.0
 # A channel or slice with less than this much signal over its noise carries nothing: one that is
 # all zero has 0.0 dB exactly.
 NO_SIGNAL_DB = 1.0
-# A part this far below the whole is hidden by the pooled figure.
-FAR_BELOW_DB = 10.0
 # A tensor whose noise doubles (3 dB) is a step; smaller changes are the usual slow decline.
 STEP_DB = 3.0
 # The deployed kernels round differently, but not by this much.
@@ -443,17 +442,6 @@ def _cause(comparison: Comparison, record: ActivationError) -> str:
 def _dead(values: Sequence[float]) -> list[int]:
     """Channels with a signal in the float model and none left; all-zero ones (-inf) had none."""
     return [i for i, v in enumerate(values) if v < NO_SIGNAL_DB and v != -math.inf]
-
-
-def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:
-    """Parts of a Concat far below the whole and below 20 dB, lowest first."""
-    whole = output.sqnr_db if isinstance(output, OutputError) else output.accumulated_sqnr_db
-    low = [
-        s
-        for s in output.slices
-        if s.sqnr_db < min(LOOK_DB, whole - FAR_BELOW_DB) and s.sqnr_db != -math.inf
-    ]
-    return tuple(sorted(low, key=lambda s: s.sqnr_db))
 
 
 def _is(sqnr_db: float) -> str:

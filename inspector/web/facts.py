@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from inspector.comparison import ActivationError, Comparison, Latency, OutputError, WeightError
+from inspector.comparison import (
+    ActivationError,
+    Comparison,
+    Latency,
+    OutputError,
+    WeightError,
+    low_slices,
+)
 from inspector.qparams import integer_range
 from inspector.render import (
     format_bytes,
@@ -13,7 +20,6 @@ from inspector.render import (
     format_ms,
     format_number,
     format_percent,
-    low_slices,
     shorten_name,
 )
 from inspector.web.session import View

@@ -19,10 +19,10 @@ from typing import Any
 import streamlit as st
 
 from inspector import store
-from inspector.comparison import ActivationError, Comparison, WeightError
+from inspector.comparison import ActivationError, Comparison, WeightError, low_slices
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus, Worker
-from inspector.render import find_headline, low_slices, read_comparison
+from inspector.render import find_headline, read_comparison
 from inspector.store import PairRecord, RunRecord, Workspace
 from inspector.web import tasks
 

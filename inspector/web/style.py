@@ -6,7 +6,8 @@ import numpy as np
 import streamlit as st
 from PIL import Image
 
-from inspector.render import LOOK_DB, PROBLEM_DB
+from inspector.comparison import LOOK_DB
+from inspector.render import PROBLEM_DB
 
 FLOAT = {"light": "#475569", "dark": "#94a3b8"}
 QUANTIZED = {"light": "#d97706", "dark": "#f59e0b"}

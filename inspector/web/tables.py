@@ -9,14 +9,20 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from inspector.comparison import ActivationError, Comparison, OutputError, Unmatched, WeightError
+from inspector.comparison import (
+    ActivationError,
+    Comparison,
+    OutputError,
+    Unmatched,
+    WeightError,
+    low_slices,
+)
 from inspector.render import (
     feeds_text,
     format_bytes,
     format_db,
     format_number,
     group_unmatched,
-    low_slices,
     shorten_name,
 )
 from inspector.store import RunRecord

@@ -12,12 +12,12 @@ from typing import Any
 import streamlit as st
 
 from inspector import figures
-from inspector.comparison import ActivationError, Comparison, OutputError
+from inspector.comparison import ActivationError, Comparison, OutputError, low_slices
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus
-from inspector.render import format_db, low_slices, shorten_name
+from inspector.render import format_db, shorten_name
 from inspector.store import RunRecord
-from inspector.web import session, tables
+from inspector.web import session, style, tables
 from inspector.web.session import View
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&\"'])")
@@ -146,6 +146,13 @@ def nothing_loaded() -> None:
         st.subheader("Comparing…", anchor=False)
         with st.container(height=430, border=True):
             job_card(jobs[0].id, place="first")
+            # An empty chart: the browser fetches the chart library while the models are compared.
+            st.plotly_chart(
+                figures.blank(style.is_dark()),
+                theme=None,
+                config={"staticPlot": True},
+                key="no-chart",
+            )
         return
     failure = session.last_failure()
     if failure is not None and session.problem() is None:
