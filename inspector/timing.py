@@ -10,6 +10,8 @@ import numpy as np
 
 from inspector.runtime import Feed, Session
 
+RUNS_A_TURN = 3
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencySample:
@@ -31,31 +33,32 @@ def measure_latency(
     feeds: Sequence[Feed],
     *,
     budget_seconds: float = 0.3,
-    least_runs: int = 5,
-    most_runs: int = 50,
+    least_turns: int = 2,
+    most_turns: int = 20,
 ) -> tuple[LatencySample, ...]:
     """Median and spread of each session on one feed of its own.
 
-    The sessions take turns, so that whatever else the machine does falls on all of them alike.
+    The sessions take turns, so that whatever else the machine does falls on all of them alike. A
+    turn starts with a run that is not timed: the threads of the session before it still spin.
 
     Args:
         sessions: opened with optimisations on.
         feeds: one feed per session.
-        budget_seconds: time to spend in total, after one warm-up run of each.
-        least_runs: runs of each even beyond the budget.
-        most_runs: runs of each at most.
+        budget_seconds: time to spend in total.
+        least_turns: turns of each even beyond the budget.
+        most_turns: turns of each at most.
     """
     times: list[list[float]] = [[] for _ in sessions]
-    for session, feed in zip(sessions, feeds, strict=True):
-        session.run(feed)
     start = time.perf_counter()
-    for done in range(most_runs):
-        if done >= least_runs and time.perf_counter() - start > budget_seconds:
+    for done in range(most_turns):
+        if done >= least_turns and time.perf_counter() - start > budget_seconds:
             break
         for spent, session, feed in zip(times, sessions, feeds, strict=True):
-            begin = time.perf_counter()
             session.run(feed)
-            spent.append(time.perf_counter() - begin)
+            for _ in range(RUNS_A_TURN):
+                begin = time.perf_counter()
+                session.run(feed)
+                spent.append(time.perf_counter() - begin)
     return tuple(
         LatencySample(
             median_seconds=float(np.median(spent)),
