@@ -387,6 +387,7 @@ def compare(
     from inspector.compare import compare_models
     from inspector.feeds import split_calibration
     from inspector.model import load_model
+    from inspector.render import find_headline
 
     _keep_inputs([float_model, quantized_model], [json_file, csv_file])
     reference, actual = load_model(float_model), load_model(quantized_model)
@@ -403,6 +404,9 @@ def compare(
     )
     for failure in failures:
         _say("gate failed", failure)
+    found = find_headline(comparison)
+    if fail_under is not None and not failures and found.severity == "problem":
+        _say("warning", f"the gate passed, but: {found.sentence}")
     return FAILED_GATE if failures else 0
 
 

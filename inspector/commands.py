@@ -64,7 +64,7 @@ def onnxruntime_call(
     if config.static:
         imports += ["CalibrationMethod", "QuantFormat", "quantize_static"]
         arguments += [
-            "    calibration_data_reader,",
+            "    calibration_data_reader,  # your CalibrationDataReader over the same feeds",
             f"    quant_format=QuantFormat.{'QDQ' if config.format == 'qdq' else 'QOperator'},",
             f"    activation_type=QuantType.{QUANT_TYPES[config.activation_type].name},",
             f"    calibrate_method=CalibrationMethod.{METHODS[config.method].name},",
@@ -123,7 +123,9 @@ def onnxruntime_command(
     only = list(
         config.nodes if prepared is None else quantizer_names(prepared, config.nodes, config)
     )
-    lines = [f"# these commands have no option for {', '.join(missing)}"] if missing else []
+    lines = ["# calibrates on test_data_set_*/input_*.pb in the folder of the model"]
+    if missing:
+        lines.append(f"# these commands have no option for {', '.join(missing)}")
     # The runner lists the folder of its model's path, so the path needs one.
     folder = os.path.dirname(model) or "."
     source = model = os.path.join(folder, os.path.basename(model))

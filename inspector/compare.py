@@ -646,7 +646,7 @@ def compare_models(
         Unmatched(name=u.name, kind=u.kind, model=u.model, reason=u.reason)
         for u in matching.unmatched
     ]
-    progress(1.0, "done")
+    progress(1.0, "compared")
     return Comparison(
         float_model=model_file(float_model),
         quantized_model=model_file(quantized_model),

@@ -287,6 +287,14 @@ class Comparison:
     warnings: tuple[str, ...]
 
 
+def judged_db(record: OutputError | ActivationError | WeightError) -> float:
+    """What a tensor is judged by, dB: its SQNR, or that of a joined part which it hides."""
+    if isinstance(record, WeightError):
+        return record.sqnr_db
+    whole = record.sqnr_db if isinstance(record, OutputError) else record.accumulated_sqnr_db
+    return min([whole, *(part.sqnr_db for part in low_slices(record))])
+
+
 def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:
     """Parts of a Concat far below the whole and below 20 dB, lowest first."""
     whole = output.sqnr_db if isinstance(output, OutputError) else output.accumulated_sqnr_db

@@ -36,6 +36,7 @@ from inspector.comparison import (
     Comparison,
     OutputError,
     SliceError,
+    judged_db,
     low_slices,
 )
 
@@ -780,7 +781,7 @@ def before_after(
         f"before {_db(old.get(name))} · after {_db(new.get(name))}"
         for name in names
     ]
-    sentence = _change_title(old, new, before.outputs, after.outputs)
+    sentence = _change_title(before, after)
     plot = _DepthPlot(title, sentence, axis, names, hover, after, dark)
     amber = _palette(dark).quantized
     plot.line("before", [old.get(n) for n in names], _fade(amber, 0.4), 1.5)
@@ -796,24 +797,25 @@ def _noise(db: float) -> float:
     return 10 ** (-max(_sort_key(db), _LOWEST_DB) / 10)
 
 
-def _change_title(
-    old: Mapping[str, float],
-    new: Mapping[str, float],
-    old_outputs: Sequence[OutputError],
-    new_outputs: Sequence[OutputError],
-) -> str:
-    pairs = [(_noise(old[name]), _noise(new[name])) for name in new if name in old]
+def _change_title(before: Comparison, after: Comparison) -> str:
+    """Counts tensors by what they are judged by: a part that a Concat hides counts for it."""
+    old = {a.name: _noise(judged_db(a)) for a in before.activations}
+    pairs = [(old[a.name], _noise(judged_db(a))) for a in after.activations if a.name in old]
     better = sum(now < 0.977 * was for was, now in pairs)  # by more than 0.1 dB
     worse = sum(0.977 * now > was for was, now in pairs)
     tensors = f"{better} of {len(pairs)} tensors are better, {worse} worse"
-    was = {o.name: o.sqnr_db for o in old_outputs}
-    paired = [o for o in new_outputs if o.name in was]
+    was = {o.name: o for o in before.outputs}
+    paired = [o for o in after.outputs if o.name in was]
     if not paired:
         return tensors
-    worst = min(paired, key=lambda o: _sort_key(was[o.name]))
-    which = "Output" if len(paired) == 1 else "Worst output"
-    change = f"{_db(was[worst.name])} to {_db(worst.sqnr_db)}"
-    return f"{which} {_name(worst.name, 16)} goes from {change}; {tensors}"
+    worst = min(paired, key=lambda o: _sort_key(judged_db(was[o.name])))
+    then = was[worst.name]
+    part = "the worst part of " if low_slices(then) or low_slices(worst) else ""
+    figures = [min((p.sqnr_db for p in o.slices), default=o.sqnr_db) for o in (then, worst)]
+    change = f"{_db(figures[0])} to {_db(figures[1])}" if part else ""
+    change = change or f"{_db(then.sqnr_db)} to {_db(worst.sqnr_db)}"
+    which = part + ("output" if len(paired) == 1 else "worst output")
+    return f"{which[0].upper()}{which[1:]} {_name(worst.name, 16)} goes from {change}; {tensors}"
 
 
 # --- one tensor: histogram, error, map ---------------------------------------------------------

@@ -209,6 +209,16 @@ def weight_channel_axis(node: Node, position: int, rank: int) -> int | None:
     return None
 
 
+def _keeps_first_axes(model: Model, node: Node) -> bool:
+    """A Concat along a later axis, or a Reshape that leaves batch and channels as they are."""
+    if node.op_type == "Concat":
+        return int(node.attributes.get("axis", 1)) not in (0, 1)
+    if node.op_type != "Reshape":
+        return False
+    before, after = (model.info(t).shape for t in (node.inputs[0], node.outputs[0]))
+    return before is not None and after is not None and before[:2] == after[:2] != ()
+
+
 def activation_channel_axis(model: Model, tensor: str, rank: int) -> int | None:
     """The channel axis of an activation: a Concat's own, 1 behind Conv-like producers, else last.
 
@@ -217,15 +227,15 @@ def activation_channel_axis(model: Model, tensor: str, rank: int) -> int | None:
     if rank == 0:
         return None
     node = model.producers.get(tensor)
+    if node is not None and node.op_type == "Concat":
+        axis = int(node.attributes.get("axis", 1))
+        return axis % rank if -rank <= axis < rank else rank - 1
     for _ in range(64):
         if node is None:
             break
-        if node.op_type == "Concat":
-            axis = int(node.attributes.get("axis", 1))
-            return axis % rank if -rank <= axis < rank else rank - 1
         if node.op_type in _CHANNELS_FIRST:
             return 1 if rank > 1 else 0
-        if node.op_type not in _KEEPS_AXIS:
+        if node.op_type not in _KEEPS_AXIS and not _keeps_first_axes(model, node):
             break
         following = [model.producers.get(i) for i in node.inputs if i not in model.constant_names]
         node = next((n for n in following if n is not None), None)

@@ -339,7 +339,7 @@ def _what_is_it(head: bytes) -> tuple[str, str]:
             return what, hint
     if head.lstrip()[:1] == b"<":
         return "an HTML or XML page", "Download the file itself, not the page that shows it."
-    return "no ONNX model", "Load a file written by an ONNX exporter (it usually ends in .onnx)."
+    return "of no known kind", "Load a file written by an ONNX exporter (it usually ends in .onnx)."
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:
@@ -373,7 +373,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         proto.ParseFromString(data)
     except DecodeError as error:
         what, hint = _what_is_it(data[:512])
-        if what == "no ONNX model" and data[:1] == b"\x08" and len(data) > 16:
+        if what == "of no known kind" and data[:1] == b"\x08" and len(data) > 16:
             what, hint = (
                 f"a truncated or damaged ONNX model ({len(data):,} bytes)",
                 "Export or download the file again.",

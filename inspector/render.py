@@ -40,6 +40,7 @@ PROBLEM_DB = 10.0
 # A channel or slice with less than this much signal over its noise carries nothing: one that is
 # all zero has 0.0 dB exactly.
 NO_SIGNAL_DB = 1.0
+_SPREAD = "the error is spread over many tensors; change the recipe before excluding nodes"
 # A tensor whose noise doubles (3 dB) is a step; smaller changes are the usual slow decline.
 STEP_DB = 3.0
 # The deployed kernels round differently, but not by this much.
@@ -528,7 +529,7 @@ def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Hea
     if sqnr < LOOK_DB:
         record, added = largest_added_error(comparison)
         if record is None or added < 0.5 * _noise_share(sqnr):
-            cause, tensor = "the error is spread over many tensors, none stands out", name
+            cause, tensor = _SPREAD, name
         else:
             cause, tensor = _cause(comparison, record), record.name
         severity = "problem" if sqnr < PROBLEM_DB else "look"

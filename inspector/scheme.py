@@ -400,7 +400,8 @@ class SchemeCounts:
 
     Attributes:
         nodes: compute nodes, i.e. without Q, DQ and Constant.
-        quantized_nodes: of those, nodes that read or write at least one quantized tensor.
+        quantized_nodes: of those, integer operators, and nodes that read and write quantized
+            tensors and have no float weight.
         weights: constants read by Conv, ConvTranspose, Gemm and MatMul (and their integer twins).
         quantized_weights: of those, the ones stored as integers or going through Q.
         op_types: compute nodes by op type, most frequent first.
@@ -421,15 +422,19 @@ _WEIGHTED = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (0, 1), "MatMul": (0, 
 def count_scheme(model: Model, scheme: Scheme) -> SchemeCounts:
     """How many nodes and weights of a file are quantized."""
     plain = [n for n in model.nodes if n.op_type not in (Q, DQ, "Constant")]
-    reads = {t.name for t in scheme.tensors}
-    writes = {t.before for t in scheme.tensors if t.before}
-    quantized = [
-        n
-        for n in plain
-        if n.op_type in QUANTIZATION_OPS
-        or any(i in reads for i in n.inputs)
-        or any(o in writes or o in reads for o in n.outputs)
-    ]
+    activations = [t for t in scheme.tensors if t.kind == "activation"]
+    reads = {t.name for t in activations}
+    writes = reads | {t.before for t in activations if t.before}
+
+    def computes_in_integers(node: Node) -> bool:
+        if node.op_type in QUANTIZATION_OPS:
+            return True
+        weights = [_input(node, at) for at in _WEIGHTED.get(node.op_type, ())]
+        if any(model.info(w).dtype in FLOAT_DTYPES for w in weights if w in model.constant_names):
+            return False
+        return any(i in reads for i in node.inputs) and any(o in writes for o in node.outputs)
+
+    quantized = [n for n in plain if computes_in_integers(n)]
     float_weights = {
         n.inputs[at]
         for n in plain

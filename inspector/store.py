@@ -700,7 +700,7 @@ class Workspace:
         if not path.is_file():
             raise ReportError(
                 f"there is no {kind} {entry_id} in this workspace",
-                hint="Choose another from the list, or load the models again.",
+                hint="Open the latest run, or load the models again.",
             )
         return path
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
 from inspector.compare import PairRunner, compare_models
-from inspector.comparison import Comparison
+from inspector.comparison import Comparison, judged_db
 from inspector.errors import FeedError, ModelError, ReportError
 from inspector.exclusions import (
     ExclusionEntry,
@@ -140,6 +140,7 @@ def _summary(comparison: Comparison) -> dict[str, Any]:
             "sqnr_db": o.sqnr_db,
             "deployed_sqnr_db": o.deployed_sqnr_db,
             "worst_channel_sqnr_db": o.worst_channel_sqnr_db,
+            "worst_part_sqnr_db": judged_db(o),
             "worst_sample_sqnr_db": o.worst_sample_sqnr_db,
         }
         for o in comparison.outputs
@@ -185,13 +186,18 @@ def load_pair(
 
     With a quantized file that is run 0; without one, the float model is quantized with the
     defaults, which is run 1. The pair becomes the workspace's current one. Nothing is saved
-    unless all of it worked.
+    unless all of it worked. The same models on the same feeds again open the latest of their runs.
     """
     begin = time.perf_counter()
     workspace = Workspace(root)
     progress(0.0, "reading the models")
     float_model = _open(float_path)
     quantized = None if quantized_path is None else _open(quantized_path)
+    stamp = [_stamp(source) for source in (inputs, calibration) if source is not None]
+    known = _known_run(workspace, float_model, quantized, inputs, calibration, stamp)
+    if known is not None:
+        workspace.set_current_pair(known.pair_id)
+        return known.id
     feeds = open_feeds(inputs, float_model)
     if calibration is not None:
         open_feeds(calibration, float_model)
@@ -229,13 +235,49 @@ def load_pair(
             created=utc_now(),
             parent=None,
             seconds=time.perf_counter() - begin,
-            summary=_summary(comparison),
+            summary=_summary(comparison) | {"feeds_stamp": stamp},
             effects=(),
             notes=tuple(recipe.notes),
         )
         run_id = workspace.save_run(run, comparison_json(comparison, detail=True)).id
     workspace.set_current_pair(pair.id)
     return run_id
+
+
+def _stamp(source: FeedSource) -> list[int]:
+    """What changes when the files of a feed source do: number, size and time."""
+    path = Path(source.path)
+    if source.kind == "random" or not path.exists():
+        return []
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    facts = [f.stat() for f in files]
+    return [
+        len(facts),
+        sum(s.st_size for s in facts),
+        max((s.st_mtime_ns for s in facts), default=0),
+    ]
+
+
+def _known_run(
+    workspace: Workspace,
+    float_model: Model,
+    quantized: Model | None,
+    inputs: FeedSource,
+    calibration: FeedSource | None,
+    stamp: list[list[int]],
+) -> RunRecord | None:
+    """The latest run of a pair of these very files, None where there is none."""
+    for pair in workspace.pairs():
+        twin = pair.quantized_model
+        if (
+            pair.float_model.sha256 == float_model.sha256
+            and (None if twin is None else twin.sha256) == (quantized.sha256 if quantized else None)
+            and (pair.inputs, pair.calibration) == (inputs, calibration)
+        ):
+            runs = workspace.runs(pair.id)
+            if runs and runs[0].summary.get("feeds_stamp") == stamp:
+                return runs[-1]
+    return None
 
 
 def _title(path: Path, model: Model) -> str:
@@ -287,7 +329,8 @@ def _quantize(
             found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline, config)
             made_notes += resolved.notes
             effects = [_record(e) for e in found]
-        summary = _summary(comparison)
+        sources = [s for s in (pair.inputs, pair.calibration) if s is not None]
+        summary = _summary(comparison) | {"feeds_stamp": [_stamp(s) for s in sources]}
         before = base.summary if base is not None else None
         summary["before"] = None if before is None else before["outputs"]
         file = pair.float_model.path
@@ -318,7 +361,7 @@ def _quantize(
             id=new_id(),
             pair_id=pair.id,
             number=max(numbers, default=0) + 1,
-            title=f"{len(exclude)} excluded" if exclude else "no exclusion",
+            title=f"{len(exclude)} excluded" if exclude else "baseline, no exclusion",
             recipe=config.to_json(),
             exclusions=tuple(exclude),
             model=_stored(quantized, target),
@@ -336,7 +379,7 @@ def _quantize(
             target,
             external_data=[data] if data.exists() else [],
         )
-    progress(1.0, "done")
+    progress(1.0, "saved")
     return run.id
 
 
@@ -381,15 +424,23 @@ def _exclusion_list(
     base: RunRecord | None,
 ) -> ExclusionList:
     after = {o.name: o.sqnr_db for o in comparison.outputs}
-    before = {o["name"]: o["sqnr_db"] for o in base.summary["outputs"]} if base is not None else {}
-    worst = min(after, key=lambda n: after[n], default=None)
+    parts = {o.name: judged_db(o) for o in comparison.outputs}
+    then = {o["name"]: o for o in base.summary["outputs"]} if base is not None else {}
+    worst = min(after, key=lambda n: parts[n], default=None)
     measured = None
     if worst is not None:
         measured = strict(
             {
                 "samples": comparison.samples,
                 "output": worst,
-                "output_sqnr_db": {"before": before.get(worst), "after": after[worst]},
+                "output_sqnr_db": {
+                    "before": then.get(worst, {}).get("sqnr_db"),
+                    "after": after[worst],
+                },
+                "worst_part_sqnr_db": {
+                    "before": then.get(worst, {}).get("worst_part_sqnr_db"),
+                    "after": parts[worst],
+                },
             }
         )
     known = float_model.node_by_name
@@ -419,15 +470,19 @@ def requantize(
     """The id of a new run of a pair: a recipe plus an exclusion list, quantized and compared.
 
     Before and after always compare runs of one recipe, so the run without exclusions is made
-    first where this recipe has none yet.
+    first where this recipe has none yet. A request that was carried out before gives its run.
     """
     workspace = Workspace(root)
     parent = workspace.run(run_id)
     pair = workspace.pair(parent.pair_id)
     options = QuantConfig.from_json(config)
-    runs = [r for r in workspace.runs(pair.id) if r.number > 0 and not r.exclusions]
-    base = next((r for r in runs if QuantConfig.from_json(r.recipe) == options), None)
-    loaded = next((r for r in workspace.runs(pair.id) if r.number == 0), None)
+    runs = workspace.runs(pair.id)
+    alike = [r for r in runs if r.number > 0 and QuantConfig.from_json(r.recipe) == options]
+    done = next((r for r in alike if set(r.exclusions) == set(exclude)), None)
+    if done is not None:
+        return done.id
+    base = next((r for r in alike if not r.exclusions), None)
+    loaded = next((r for r in runs if r.number == 0), None)
     if base is None:
         stop = 0.5 if exclude else 1.0
         base_id = _quantize(
@@ -438,8 +493,6 @@ def requantize(
             return base_id
         base = workspace.run(base_id)
         progress = part_of(progress, stop, 1.0)
-    elif not exclude:
-        return base.id
     return _quantize(
         workspace, pair, options, tuple(exclude), parent=parent, base=base, progress=progress
     )

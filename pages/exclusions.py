@@ -20,7 +20,7 @@ draft = session.draft(view.pair.id, view.run.exclusions)
 # show: what the run's list gained
 widgets.context_bar(view)
 headline = find_headline(view.comparison)
-widgets.sentence(facts.change_sentence(view, headline.output), headline.severity)
+widgets.sentence(facts.change_sentence(view, headline.output, draft.nodes), headline.severity)
 widgets.tiles(facts.change_tiles(view, headline.output))
 
 # ask: which nodes, by which recipe

@@ -57,5 +57,7 @@ with st.expander("Load your own models", expanded=view is None, key="load", on_c
                 )
                 st.rerun()
 
+widgets.problem()
+
 # ask: a sample or an earlier pair
 parts.samples_and_pairs(view)

@@ -620,3 +620,13 @@ def test_every_figure_in_the_json_is_strict(run: Run, tmp_path: Path) -> None:
 
     data = json.loads(out, parse_constant=refuse)
     assert strict(data) == data
+
+
+def test_a_gate_that_a_hidden_collapse_passes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = ROOT / "sample_models" / "digit-detector"
+    code = main(
+        ["compare", str(sample / "float.onnx"), str(sample / "quantized.onnx"),
+         "--inputs", str(sample / "feeds"), "--samples", "2", "--fail-under", "20"]
+    )  # fmt: skip
+    assert code == 0
+    assert "warning: the gate passed, but: Output output0" in capsys.readouterr().err

@@ -34,8 +34,13 @@ def refused(path: Path) -> ModelError:
         ),
         ("m.tflite", b"\x1c\x00\x00\x00TFL3" + b"\0" * 40, "a TensorFlow Lite model", "tf2onnx"),
         ("w.bin", b"\x80\x02}q\x00X\x05", "w.bin is a Python pickle", "Export"),
-        ("text.onnx", b"hello, this is text", "text.onnx is no ONNX model", "ONNX exporter"),
-        ("zeros.onnx", b"\0" * 64, "zeros.onnx is no ONNX model", "ONNX exporter"),
+        (
+            "text.onnx",
+            b"hello, this is text",
+            "text.onnx is of no known kind, expected",
+            "ONNX exporter",
+        ),
+        ("zeros.onnx", b"\0" * 64, "zeros.onnx is of no known kind", "ONNX exporter"),
     ],
 )
 def test_a_file_of_another_kind_is_named_for_what_it_is(

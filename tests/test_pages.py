@@ -219,7 +219,7 @@ def test_the_exclusions_page_shows_what_was_gained_and_what_to_take_along(
     test = app("exclusions")
     text = words(test)
     assert "1 node left in float: output0 42.4 dB" in text
-    assert re.search(r"worst channel 0\.0 dB → 1\d\.\d dB", text)
+    assert re.search(r"worst part 0\.0 dB → 2\d\.\d dB", text)
     assert "run 1 → run 2" in text
     assert "digit-detector/float.onnx -o float.int8.onnx" in text
     assert "nodes_to_exclude=['/head/Concat_3']" in text

@@ -185,3 +185,13 @@ def test_every_real_quantized_file_is_read_completely() -> None:
 
 def test_onnx_checks_the_hand_made_models() -> None:
     onnx.checker.check_model(conv_relu_gemm())
+
+
+def test_a_node_that_only_reads_dequantized_values_is_not_quantized(tmp_path: Path) -> None:
+    """An excluded node between quantized neighbours computes in float."""
+    nodes = ["conv", "relu", "pool", "flatten", "gemm"]
+    loaded = quantized(tmp_path, nodes_to_exclude=["pool"])
+    counts = count_scheme(loaded, read_scheme(loaded))
+    assert "GlobalAveragePool" in counts.op_types
+    assert "GlobalAveragePool" not in counts.quantized_op_types
+    assert counts.quantized_nodes < len(nodes)

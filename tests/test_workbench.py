@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,27 @@ def test_the_same_request_without_exclusions_is_not_run_twice(tmp_path: Path) ->
     recipe = Workspace(tmp_path).run(loaded).recipe
     first = workbench.requantize(tmp_path, run_id=loaded, config=recipe, exclude=[])
     assert workbench.requantize(tmp_path, run_id=first, config=recipe, exclude=[]) == first
+
+
+def test_the_same_pair_again_opens_its_latest_run_and_changed_feeds_do_not(tmp_path: Path) -> None:
+    feeds = tmp_path / "feeds"
+    shutil.copytree(DETECTOR / "feeds", feeds)
+
+    def load() -> str:
+        return workbench.load_pair(
+            tmp_path / "data",
+            float_path=DETECTOR / "float.onnx",
+            quantized_path=DETECTOR / "quantized.onnx",
+            inputs=source(feeds),
+        )
+
+    loaded = load()
+    recipe = Workspace(tmp_path / "data").run(loaded).recipe
+    made = workbench.requantize(tmp_path / "data", run_id=loaded, config=recipe, exclude=[])
+    assert load() == made
+    (feeds / "11.png").unlink()
+    assert load() not in (loaded, made)
+    assert len(Workspace(tmp_path / "data").pairs()) == 2
 
 
 def test_freeing_a_node_fully_names_its_neighbours_and_works(tmp_path: Path) -> None:

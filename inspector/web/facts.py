@@ -110,6 +110,12 @@ def task_or_size_tiles(view: View) -> list[Tile]:
     return tiles
 
 
+def _times_float(latency: Latency | None) -> str:
+    if latency is None or not latency.float_seconds:
+        return "–"
+    return f"{latency.quantized_seconds / latency.float_seconds:.1f} ×"
+
+
 def pace(latency: Latency) -> str:
     """How the quantized model's latency stands to the float model's, in words."""
     ratio = latency.quantized_seconds / latency.float_seconds if latency.float_seconds else 1.0
@@ -329,21 +335,24 @@ def change_tiles(view: View, output: str | None) -> list[Tile]:
     else:
         tiles.append(
             (
-                "Latency on this machine",
-                arrow(
-                    format_ms(old_latency.quantized_seconds) if old_latency else None,
-                    format_ms(latency.quantized_seconds) if latency else "–",
-                ),
-                f"float {format_ms(latency.float_seconds)}" if latency else "not measured",
-                "Deployed, medians of interleaved runs; compare with the spread in mind.",
+                "Latency against float",
+                arrow(_times_float(old_latency), _times_float(latency)),
+                f"{format_ms(latency.quantized_seconds)}, float {format_ms(latency.float_seconds)}"
+                if latency
+                else "not measured",
+                "Share of the float model's time, measured in turns with it, deployed; lower is "
+                "faster. Times of different runs are not compared: the machine differs by then.",
             )
         )
     return tiles
 
 
-def change_sentence(view: View, output: str | None) -> str:
-    """What the shown run's exclusions gained."""
+def change_sentence(view: View, output: str | None, ticked: Sequence[str]) -> str:
+    """What the shown run's exclusions gained, or what is ticked and not applied yet."""
     number = len(view.run.exclusions)
+    if set(ticked) != set(view.run.exclusions):
+        nodes = "1 node is" if len(ticked) == 1 else f"{len(ticked)} nodes are"
+        return f"{nodes} ticked: Re-quantize applies them"
     if not number:
         return "No node is left in float yet: tick the worst, then re-quantize"
     nodes = "1 node" if number == 1 else f"{number} nodes"
@@ -355,6 +364,9 @@ def change_sentence(view: View, output: str | None) -> str:
         f"{nodes} left in float: {shorten_name(now.name, 30)} "
         f"{format_db(was.sqnr_db)} → {format_db(now.sqnr_db)}"
     )
-    if now.worst_channel is not None and was.worst_channel is not None:
+    if low_slices(was) or low_slices(now):
+        parts = [min(part.sqnr_db for part in each.slices) for each in (was, now) if each.slices]
+        text += f", worst part {' → '.join(map(format_db, parts))}"
+    elif now.worst_channel is not None and was.worst_channel is not None:
         text += f", worst channel {_channel_db(was)} → {_channel_db(now)}"
     return text

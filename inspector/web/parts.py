@@ -26,6 +26,8 @@ from inspector.web import forms, session, style, tables, tasks, widgets
 from inspector.web.forms import Chosen
 from inspector.web.session import Draft, View
 
+REQUANTIZING = "Re-quantizing"
+
 # ── models ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -97,7 +99,10 @@ def pair(view: View) -> None:
         _model_card("Quantized", "orange", quantized, key="quantized")
     feeds = view.pair.inputs
     own = view.pair.calibration
-    calibration = "the first half of the inputs" if own is None else (own.title or own.path)
+    few = view.comparison.samples < 8
+    calibration = "all of them, as they are fewer than 8" if few else "the first half of them"
+    if own is not None:
+        calibration = own.title or own.path
     st.markdown(
         f"**Feeds** {widgets.md_code(feeds.title or feeds.path)} · {widgets.md_text(samples)} · "
         f"re-quantizing calibrates on {widgets.md_text(calibration)}",
@@ -304,7 +309,7 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
             if not number:
                 st.caption("Tick nodes on the left; start with the worst.")
             for name in draft.nodes:
-                st.markdown(f":violet[■] {widgets.md_code(shorten_name(name, 38))}")
+                st.markdown(f":violet[■] {widgets.md_code(shorten_name(name, 46))}")
         with st.popover(
             f"Recipe: {forms.recipe_summary(view.run.recipe)}", width="stretch", key="recipe"
         ):
@@ -317,7 +322,8 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
             if differs
             else "The recipe is the one read back from this run."
         )
-        busy = session.running("requantize")
+        busy = session.running("requantize") or session.running_title(REQUANTIZING)
+        idle = not changed and not differs and view.run.number > 0
         with st.container(height=92, border=False, key="requantize-slot"):
             if busy is not None:
                 widgets.job_card(busy.id, place="requantize")
@@ -327,7 +333,10 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
                 key="requantize",
                 icon=":material/play_arrow:",
                 width="stretch",
-                help="Quantizes with this recipe and these nodes in float, and compares.",
+                disabled=idle,
+                help="This run has this recipe and these nodes: change one of them."
+                if idle
+                else "Quantizes with this recipe and these nodes in float, and compares.",
             ):
                 session.dismiss_problem()
                 session.follow(
@@ -337,7 +346,7 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
                         run_id=view.run.id,
                         config=recipe,
                         exclude=list(draft.nodes),
-                        title="Re-quantizing",
+                        title=REQUANTIZING,
                     ),
                     "requantize",
                 )
@@ -408,7 +417,8 @@ def effects(view: View, draft: Draft) -> None:
                 help="Finds the smallest set of further nodes that makes its inputs, weight "
                 "and output really float. Nothing is applied yet.",
             )
-    _proposal(view, draft)
+        if st.session_state.get("freeing") == name:
+            _proposal(view, draft)
 
 
 def _proposal(view: View, draft: Draft) -> None:

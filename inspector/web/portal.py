@@ -130,7 +130,8 @@ def main() -> None:
     if loaded is not None:
         st.session_state["opening"] = {"run": loaded, "ready": False}
     _sidebar(pages, current)
-    widgets.problem()
+    if current != pages["models"]:  # there it stands beside the button that was pressed
+        widgets.problem()
     try:
         current.run()
     except InspectorError as error:

@@ -19,7 +19,7 @@ from typing import Any
 import streamlit as st
 
 from inspector import store
-from inspector.comparison import ActivationError, Comparison, WeightError, low_slices
+from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus, Worker
 from inspector.render import find_headline, read_comparison
@@ -207,10 +207,8 @@ def rank_of(record: ActivationError | WeightError) -> float:
 
     NaN ranks as the worst.
     """
-    values = [sqnr_of(record)]
-    if isinstance(record, ActivationError):
-        values += [part.sqnr_db for part in low_slices(record)]
-    return min(-math.inf if math.isnan(value) else value for value in values)
+    value = judged_db(record)
+    return -math.inf if math.isnan(value) else value
 
 
 def worst_first(comparison: Comparison) -> list[str]:
@@ -281,6 +279,11 @@ def running(purpose: str) -> JobStatus | None:
             if status is not None and status.state in ACTIVE:
                 return status
     return None
+
+
+def running_title(title: str) -> JobStatus | None:
+    """The unfinished job of this title, also one that another tab started."""
+    return next((job for job in active_jobs() if job.title == title), None)
 
 
 def _job(job_id: str) -> JobStatus | None:

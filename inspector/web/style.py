@@ -47,6 +47,7 @@ h1 { padding: 0.1rem 0 !important; }
 [class*="st-key-csv-"]:hover, [class*="st-key-csv-"]:focus-within { opacity: 1; }
 [class*="st-key-csv-"] button { min-height: 0; padding: 0 0.3rem; font-size: 0.75rem; }
 [class*="st-key-wait-"] { display: flex; justify-content: center; }
+[data-testid="stElementToolbar"] { top: 0.15rem !important; }
 .st-key-formula pre { padding: 0.35rem 0.8rem; }
 .st-key-formula code { font-size: 0.92rem; }
 .st-key-sentence p { font-size: 1.25rem; font-weight: 620; line-height: 1.3; margin: 0; }

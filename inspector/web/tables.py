@@ -15,6 +15,7 @@ from inspector.comparison import (
     OutputError,
     Unmatched,
     WeightError,
+    judged_db,
     low_slices,
 )
 from inspector.render import (
@@ -23,6 +24,7 @@ from inspector.render import (
     format_db,
     format_number,
     group_unmatched,
+    read_number,
     shorten_name,
 )
 from inspector.store import RunRecord
@@ -309,13 +311,13 @@ def part_columns() -> dict[str, Any]:
 
 
 def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
-    """SQNR of each tensor before and after, largest change first."""
+    """What each tensor is judged by, before and after, largest change first."""
     old = {each.name: each for each in compared(before)}
     rows = []
     for each in compared(after):
         if each.name not in old:
             continue
-        was, now = _known(sqnr_of(old[each.name])), _known(sqnr_of(each))
+        was, now = _known(judged_db(old[each.name])), _known(judged_db(each))
         if was is None or now is None:
             continue
         rows.append(
@@ -360,15 +362,23 @@ def runs(entries: Iterable[tuple[RunRecord, str, str]]) -> pd.DataFrame:
             "format": label,
             "in float": len(run.exclusions),
             "output": output,
-            "size": run.model.size_bytes / 1e6,
+            "part": format_db(_number_of(run, "worst_part_sqnr_db")),
+            "size": format_bytes(run.model.size_bytes),
             "made": run.created.replace("T", " ")[:16],
         }
         for run, label, output in entries
     ]
     frame = pd.DataFrame(
-        rows, columns=["id", "run", "what", "format", "in float", "output", "size", "made"]
+        rows, columns=["id", "run", "what", "format", "in float", "output", "part", "size", "made"]
     )
     return frame.sort_values("run", ascending=False, kind="stable").reset_index(drop=True)
+
+
+def _number_of(run: RunRecord, key: str) -> float | None:
+    """The lowest of a figure over a run's outputs."""
+    outputs = run.summary.get("outputs", ())
+    values = [read_number(each[key]) for each in outputs if each.get(key) is not None]
+    return min(values, default=None)
 
 
 def run_columns() -> dict[str, Any]:
@@ -382,7 +392,8 @@ def run_columns() -> dict[str, Any]:
         "format": text("Format", width="small"),
         "in float": number("Nodes in float", format="%d", width="small"),
         "output": text("Lowest output SQNR", width="small"),
-        "size": number("MB", format="%.2f", width="small"),
+        "part": text("Worst part", width="small"),
+        "size": text("Size", width="small"),
         "made": text("Made (UTC)", width="small"),
     }
 
