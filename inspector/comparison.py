@@ -288,11 +288,12 @@ class Comparison:
 
 
 def judged_db(record: OutputError | ActivationError | WeightError) -> float:
-    """What a tensor is judged by, dB: its SQNR, or that of a joined part which it hides."""
+    """What a tensor is judged by, dB: its SQNR, or the lowest of the parts joined into it."""
     if isinstance(record, WeightError):
         return record.sqnr_db
     whole = record.sqnr_db if isinstance(record, OutputError) else record.accumulated_sqnr_db
-    return min([whole, *(part.sqnr_db for part in low_slices(record))])
+    # A part that is all zero in the float model has no SQNR to speak of.
+    return min([whole, *(p.sqnr_db for p in record.slices if p.sqnr_db != -math.inf)])
 
 
 def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:

@@ -1,7 +1,8 @@
 """Record -> Plotly figure, one function per figure; the only module that imports Plotly.
 
 No error is computed here: a figure takes what the records say, and its title states what is to be
-seen in it (`title` replaces that sentence everywhere). Numbers that have no place on an axis keep
+seen in it (`title` replaces that sentence, `dark` is
+for a dark background). Numbers that have no place on an axis keep
 their meaning: an infinite SQNR lies on a rail labelled "exact", a not finite one on a rail below,
 and values far outside the usual decibels on rails of their own, so that one of them does not
 flatten the rest. Where a point is drawn elsewhere than its number, the number itself travels in the
@@ -25,7 +26,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -54,6 +55,7 @@ MAX_LEVELS = 512
 
 _NO_TENSOR = "See the unmatched tensors for the reasons."
 _CLEAR = "rgba(0,0,0,0)"
+_HOVER = "%{hovertext}<extra></extra>"
 _DECORATION = "decoration"  # meta of a trace that only repeats or explains points
 _LABEL_SIZE = 11
 _LABEL_CHAR_PX = 6.4
@@ -71,8 +73,9 @@ _FINE_DB = 20.0
 _Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Palette:
+class _Palette(NamedTuple):
+    """The colours of the pictures on a light and on a dark background."""
+
     float_model: str
     quantized: str
     ink: str
@@ -81,33 +84,25 @@ class _Palette:
     ground: str
     hover: str
     densest: str
-    excluded: str = "#7c3aed"
+    excluded: str
 
 
-_LIGHT = _Palette(
-    float_model="#475569",
-    quantized="#d97706",
-    ink="#0f172a",
-    muted="#64748b",
-    grid="rgba(100,116,139,0.18)",
-    ground="rgba(255,255,255,0.82)",
-    hover="#ffffff",
-    densest="#7c2d12",
-)
-_DARK = _Palette(
-    float_model="#94a3b8",
-    quantized="#f59e0b",
-    ink="#e2e8f0",
-    muted="#94a3b8",
-    grid="rgba(148,163,184,0.16)",
-    ground="rgba(15,23,42,0.78)",
-    hover="#1e293b",
-    densest="#fef3c7",
+_COLORS = (
+    ("#475569", "#94a3b8"),
+    ("#d97706", "#f59e0b"),
+    ("#0f172a", "#e2e8f0"),
+    ("#64748b", "#94a3b8"),
+    ("rgba(100,116,139,0.18)", "rgba(148,163,184,0.16)"),
+    ("rgba(255,255,255,0.82)", "rgba(15,23,42,0.78)"),
+    ("#ffffff", "#1e293b"),
+    ("#7c2d12", "#fef3c7"),
+    ("#7c3aed", "#7c3aed"),
 )
 
 
+@cache
 def _palette(dark: bool) -> _Palette:
-    return _DARK if dark else _LIGHT
+    return _Palette(*(pair[dark] for pair in _COLORS))
 
 
 def _fade(color: str, opacity: float) -> str:
@@ -162,7 +157,7 @@ def _name(name: str, width: int = 26) -> str:
 
 def _distinct(names: Sequence[str], width: int) -> list[str]:
     """The names, escaped and shortened to `width`, or to as much more as keeps them apart."""
-    for wide in range(width, 3 * width, 4):
+    for wide in range(width, 2 * width, 4):
         shown = [short_name(name, wide) for name in names]
         if len(set(shown)) == len(set(names)):
             break
@@ -313,11 +308,18 @@ def _picked(
     return {
         "customdata": list(names),
         "hovertext": list(hover),
-        "hovertemplate": "%{hovertext}<extra></extra>",
+        "hovertemplate": _HOVER,
         "meta": dict(true),
         # Clicking selects a point; Plotly would then fade all others.
         "unselected": {"marker": {"opacity": 1}},
     }
+
+
+def _add_marks(
+    figure: go.Figure, name: str, x: Any, y: Any, picked: Mapping[str, Any], **style: Any
+) -> None:
+    """Clickable marks, also where they reach over the plot's edge."""
+    figure.add_scatter(x=x, y=y, mode="markers", name=name, cliponaxis=False, **picked, **style)
 
 
 def _decorate(figure: go.Figure, name: str, x: Any, y: Any, mode: str, **style: Any) -> None:
@@ -387,12 +389,8 @@ class _DecibelAxis:
             for v in range(int(self.low), int(self.high) + 1)
             if v % step == 0 and all(abs(v - y) * pixels >= _TICK_PX for y in rails)
         } | rails
-        return {
-            "range": list(self.range),
-            "tickvals": list(ticks),
-            "ticktext": list(ticks.values()),
-            "title": {"text": title},
-        }
+        shown = {"tickvals": list(ticks), "ticktext": list(ticks.values())}
+        return {"range": list(self.range), "title": {"text": title}, **shown}
 
     def bands(self) -> list[dict[str, Any]]:
         """Shapes: one faint band per error step."""
@@ -485,30 +483,30 @@ def _depth_title(
     activations = comparison.activations
     broken = _first_break(activations)
     if broken is not None:
-        return f"The values stop being finite at {_name(_node(activations[broken]), 36)}"
+        return f"The values stop being finite at {_name(_node(activations[broken]))}"
     hidden = _hidden_parts(activations)
     if hidden:
         i = min(hidden, key=lambda i: hidden[i].sqnr_db)
         part, whole = hidden[i], activations[i]
         return (
-            f"{_name(whole.name, 28)} hides a part: {_name(part.source, 32)} at "
+            f"{_name(whole.name, 20)} hides a part: {_name(part.source, 22)} at "
             f"{_db(part.sqnr_db)} under {_db(whole.accumulated_sqnr_db)}"
         )
     finite = [a for a in activations if not math.isnan(a.accumulated_sqnr_db)]
     if not finite:
         return "No tensor has a finite SQNR"
     lowest = min(finite, key=lambda a: a.accumulated_sqnr_db)
-    named, lowest_db = _name(_node(lowest), 36), lowest.accumulated_sqnr_db
+    named, lowest_db = _name(_node(lowest)), lowest.accumulated_sqnr_db
     if worst:
         first = activations[worst[0]]
         end = min((_sort_key(o.sqnr_db) for o in comparison.outputs), default=-math.inf)
         if end < max(_FINE_DB, first.accumulated_sqnr_db + _FALL_DB):
             return (
-                f"The largest fall is at {_name(_node(first), 36)}: "
+                f"The largest fall is at {_name(_node(first))}: "
                 f"{_db(falls[worst[0]]).removesuffix(' dB')} to {_db(first.accumulated_sqnr_db)}"
             )
         if lowest_db < _FINE_DB:
-            return f"The lowest tensor is {named} with {_db(lowest_db)}, the output has {_db(end)}"
+            return f"{named} falls to {_db(lowest_db)}, yet the output has {_db(end)}"
         return f"Accumulated SQNR stays above {_FINE_DB:g} dB"
     if lowest_db == math.inf:
         return "Both models agree exactly at every tensor"
@@ -549,50 +547,62 @@ def _dot_size(count: int) -> float:
     return 7.0 if count <= 80 else 5.5 if count <= 400 else 4.0
 
 
+def _dots(numbers: Collection[float], count: int, dark: bool) -> dict[str, Any]:
+    """Markers in the colours of the error scale, as small as `count` of them need."""
+    rim = {"width": 0.75 if count <= 400 else 0.25, "color": _fade(_palette(dark).ink, 0.55)}
+    symbols = ["x" if math.isnan(db) else "circle" for db in numbers]
+    colors = [error_color(db) for db in numbers]
+    return {"size": _dot_size(count), "symbol": symbols, "color": colors, "line": rim}
+
+
 class _DepthPlot:
     """The two pictures by depth: tensors from left to right, outputs at the right.
 
-    One output is labelled inside the plot, several in the margin, where they need a line each.
+    The only output is labelled at its mark; several have a line each in the margin.
     """
 
     def __init__(
-        self,
-        title: str | None,
-        sentence: str,
-        axis: _DecibelAxis,
-        names: Sequence[str],
-        hover: Sequence[str],
-        comparison: Comparison,
-        dark: bool,
+        self, axis: _DecibelAxis, names: Sequence[str], hover: Sequence[str], dark: bool
     ) -> None:
         self.axis, self.names, self.hover, self.dark = axis, names, hover, dark
-        self.count = count = len(names)
-        pad = max(0.6, 0.015 * count)
-        outputs = list(comparison.outputs)
-        self.output_x = count - 1 + (1.4 * pad if outputs else 0.0)
+        self.count = len(names)
+
+    def frame(self, title: str | None, sentence: str, comparison: Comparison) -> None:
+        """The empty picture, with the labels of its outputs."""
+        count, axis, outputs = self.count, self.axis, list(comparison.outputs)
         if len(outputs) > _MOST_OUTPUT_LABELS:
             outputs = sorted(outputs, key=lambda o: _sort_key(o.sqnr_db))[:_MOST_OUTPUT_LABELS]
-        short = _distinct([o.name for o in outputs], 14)
-        texts = [f"{n} {_db(o.sqnr_db)}" for o, n in zip(outputs, short, strict=True)]
-        longest = max((len(html.unescape(text)) for text in texts), default=0)
-        margin = {"r": min(230, 36 + 6 * longest) if len(outputs) > 1 else 16, "t": 62, "b": 44}
-        revision, bands = comparison.float_model.sha256, axis.bands()
-        self.figure = _figure(
-            title, sentence, dark, DEPTH_HEIGHT, margin=margin, shapes=bands, uirevision=revision
-        )
-        self.height = _plot_height(self.figure)
-        self.figure.update_yaxes(**axis.layout("SQNR, dB", self.height))
-        x_range = [-pad, self.output_x + 0.6 * pad]
-        self.figure.update_xaxes(range=x_range, title_text="tensor, in topological order")
-        self.figure.update_xaxes(showgrid=False, tickformat="d", nticks=12 if count > 12 else count)
-        wanted = [axis.pixels(o.sqnr_db, self.height) for o in outputs]
-        self.output_labels = list(zip(texts, outputs, wanted, strict=True))
+        texts = [_db(o.sqnr_db) for o in outputs]
+        margin = {"r": 28 if outputs else 16, "t": 62, "b": 44}
         if len(outputs) > 1:
-            beside = {"ax": 22, "xanchor": "left", "standoff": 7, "bgcolor": _CLEAR}
-            for place, (text, output, at) in zip(
-                _spread(wanted, self.height), self.output_labels, strict=True
-            ):
-                self.point(text, self.output_x, output.sqnr_db, ay=place - at, **beside)
+            short = _distinct([o.name for o in outputs], 14)
+            texts = [f"{name} {text}" for name, text in zip(short, texts, strict=True)]
+            margin["t"] += 18  # the legend takes two rows in a narrow column
+            margin["r"] = min(240, 36 + 6 * max(len(html.unescape(text)) for text in texts))
+        bands, revision = axis.bands(), comparison.float_model.sha256
+        self.figure = _figure(
+            title,
+            sentence,
+            self.dark,
+            DEPTH_HEIGHT,
+            margin=margin,
+            shapes=bands,
+            uirevision=revision,
+        )
+        self.height = height = _plot_height(self.figure)
+        pad = max(0.6, 0.015 * count)
+        self.output_x = count - 1 + (1.4 * pad if outputs else 0.0)
+        x_range, dtick = [-pad, self.output_x + 0.6 * pad], 1 if count <= 12 else None
+        self.figure.update_yaxes(**axis.layout("SQNR, dB", height))
+        self.figure.update_xaxes(range=x_range, title_text="tensor, in topological order")
+        self.figure.update_xaxes(showgrid=False, tickformat="d", nticks=12, dtick=dtick)
+        wanted = [axis.pixels(o.sqnr_db, height) for o in outputs]
+        where: dict[str, Any] = {"ax": 22, "xanchor": "left", "standoff": 7, "bgcolor": _CLEAR}
+        places = _spread(wanted, height)
+        if len(outputs) == 1:
+            places, where = [wanted[0] + (18 if wanted[0] < 28 else -18)], {"ax": 0}
+        for text, output, at, place in zip(texts, outputs, wanted, places, strict=True):
+            self.point(text, self.output_x, output.sqnr_db, ay=place - at, **where)
 
     def point(self, text: str, x: float, db: float, **where: Any) -> None:
         _pointer(self.figure, self.dark, text, x, self.axis.y(db), **where)
@@ -604,9 +614,7 @@ class _DepthPlot:
         drawn = [self.axis.y(v) if rail is None else self.axis.rails[rail] for v in values.values()]
         names, hover = [self.names[i] for i in values], [self.hover[i] for i in values]
         picked = _picked(names, hover, {"y": list(values.values())})
-        self.figure.add_scatter(
-            x=list(values), y=drawn, mode="markers", name=name, cliponaxis=False, **picked, **style
-        )
+        _add_marks(self.figure, name, list(values), drawn, picked, **style)
 
     def line(self, name: str, values: Sequence[float | None], color: str, width: float) -> None:
         """A line through the tensors and one mark per tensor, in order; None where it has none.
@@ -619,54 +627,43 @@ class _DepthPlot:
         _decorate(self.figure, name, list(drawn), y, "lines", line=line, legendgroup=name)
         given = {i: v for i, v in enumerate(values) if v is not None}
         broken = [math.isnan(v) for v in given.values()]
-        size = max(_dot_size(self.count) - 2.5, 2.5)
+        size, ink = max(_dot_size(self.count) - 2.5, 2.5), _palette(self.dark).ink
         marker = {
             "size": [7.0 if nan else size for nan in broken],
             "symbol": ["x" if nan else "circle" for nan in broken],
-            "color": [_palette(self.dark).ink if nan else color for nan in broken],
+            "color": [ink if nan else color for nan in broken],
             "line": {"width": 0},
         }
         self.marks(name, given, marker=marker, legendgroup=name, showlegend=False)
 
-    def outputs(self, name: str, outputs: Sequence[OutputError], *, faint: bool = False) -> None:
+    def outputs(
+        self, name: str, outputs: Sequence[OutputError], *, faint: bool = False, **style: Any
+    ) -> None:
         """Diamonds at the right."""
         amber = _fade(_palette(self.dark).quantized, 0.7 if faint else 1.0)
         numbers = [o.sqnr_db for o in outputs]
-        marker = {
-            "symbol": "diamond-open" if faint else "diamond",
-            "size": 11,
-            "color": amber if faint else [error_color(db) for db in numbers],
-            "line": {"width": 1.5, "color": amber},
-        }
+        color = amber if faint else [error_color(db) for db in numbers]
+        symbol = "diamond-open" if faint else "diamond"
+        rim = {"width": 1.5, "color": amber}
+        marker = {"symbol": symbol, "size": 11, "color": color, "line": rim}
         hover = [_output_hover(o, name) for o in outputs]
         picked = _picked([o.name for o in outputs], hover, {"y": numbers})
         x, y = [self.output_x] * len(outputs), [self.axis.y(db) for db in numbers]
-        self.figure.add_scatter(
-            x=x, y=y, mode="markers", marker=marker, name=name, cliponaxis=False, **picked
-        )
+        _add_marks(self.figure, name, x, y, picked, marker=marker, **style)
 
-    def label(self, spots: Sequence[tuple[int, float, str]] = ()) -> None:
-        """Labels of tensors (position, dB, text) and of the only output.
+    def label(self, spots: Sequence[tuple[int, float, str]]) -> None:
+        """Labels of tensors (position, dB, text), one above the other at the bottom.
 
-        The former stand one above the other at the bottom, each at the left of its point, where
-        the line is still high; a row of its own keeps each clear of the others at any width.
+        A row of its own keeps each clear of the others at any width; it stands at the left of its
+        point, where the line is still high, if there is room.
         """
-        rows = {i: row for row, i in enumerate(sorted((spot[0] for spot in spots), reverse=True))}
+        lowest = self.axis.pixels(self.axis.low, self.height) - 10
+        later_first = sorted((i for i, _, _ in spots), reverse=True)
         for i, db, text in spots:
-            at_left = i < 0.4 * self.count
-            ay = (
-                self.height
-                - 12
-                - rows[i] * (_LABEL_LINE_PX + 2)
-                - self.axis.pixels(db, self.height)
-            )
-            side = {"ax": 12 if at_left else -12, "xanchor": "left" if at_left else "right"}
-            self.point(text, i, db, ay=ay, **side)
-        if len(self.output_labels) == 1:
-            ((text, output, at),) = self.output_labels
-            top = self.height - 12 - len(spots) * (_LABEL_LINE_PX + 2)
-            ay = (at + 24 if at < 32 else min(at - 24, top)) - at
-            self.point(text, self.output_x, output.sqnr_db, ax=-10, ay=ay, xanchor="right")
+            place = lowest - later_first.index(i) * (_LABEL_LINE_PX + 2)
+            side = 1 if i < 0.4 * self.count else -1
+            where = {"ax": 26 * side, "xanchor": "left" if side > 0 else "right"}
+            self.point(text, i, db, ay=place - self.axis.pixels(db, self.height), **where)
 
 
 def error_by_depth(
@@ -689,8 +686,6 @@ def error_by_depth(
         excluded: names of the nodes left in float; they get a violet tick.
         parents: the float tensors each tensor is computed from; with them a fall is measured
             from the worst of a tensor's own inputs, else from the worst of the four before it.
-        title: a sentence in place of the derived one.
-        dark: for a dark background.
     """
     activations = comparison.activations
     if not activations:
@@ -710,14 +705,9 @@ def error_by_depth(
     told = zip(activations, falls, strict=True)
     hover = [_depth_hover(a, before, i in in_float) for i, (a, before) in enumerate(told)]
     names, sentence = [a.name for a in activations], _depth_title(comparison, falls, worst)
-    plot = _DepthPlot(title, sentence, axis, names, hover, comparison, dark)
-    many = len(activations) > 400
-    dots = {
-        "size": _dot_size(len(activations)),
-        "color": [error_color(db) for db in local.values()],
-        "line": {"width": 0.25 if many else 0.75, "color": _fade(colors.ink, 0.55)},
-    }
-    plot.marks("local (own Q/DQ)", local, marker=dots)
+    plot = _DepthPlot(axis, names, hover, dark)
+    plot.frame(title, sentence, comparison)
+    plot.marks("local (own Q/DQ)", local, marker=_dots(local.values(), len(activations), dark))
     plot.line("accumulated", accumulated, colors.quantized, 2.0)
     if comparison.outputs:
         plot.outputs("output", comparison.outputs)
@@ -781,14 +771,13 @@ def before_after(
         f"before {_db(old.get(name))} · after {_db(new.get(name))}"
         for name in names
     ]
-    sentence = _change_title(before, after)
-    plot = _DepthPlot(title, sentence, axis, names, hover, after, dark)
+    plot = _DepthPlot(axis, names, hover, dark)
+    plot.frame(title, _change_title(before, after), after)
     amber = _palette(dark).quantized
     plot.line("before", [old.get(n) for n in names], _fade(amber, 0.4), 1.5)
     plot.line("after", [new.get(n) for n in names], amber, 2.25)
-    plot.outputs("output before", before.outputs, faint=True)
-    plot.outputs("output after", after.outputs)
-    plot.label()
+    plot.outputs("output before", before.outputs, faint=True, showlegend=False)
+    plot.outputs("output after", after.outputs, showlegend=False)
     return plot.figure
 
 
@@ -803,19 +792,18 @@ def _change_title(before: Comparison, after: Comparison) -> str:
     pairs = [(old[a.name], _noise(judged_db(a))) for a in after.activations if a.name in old]
     better = sum(now < 0.977 * was for was, now in pairs)  # by more than 0.1 dB
     worse = sum(0.977 * now > was for was, now in pairs)
-    tensors = f"{better} of {len(pairs)} tensors are better, {worse} worse"
+    tensors = f"{better} of {len(pairs)} tensors better, {worse} worse"
     was = {o.name: o for o in before.outputs}
     paired = [o for o in after.outputs if o.name in was]
     if not paired:
         return tensors
     worst = min(paired, key=lambda o: _sort_key(judged_db(was[o.name])))
     then = was[worst.name]
-    part = "the worst part of " if low_slices(then) or low_slices(worst) else ""
-    figures = [min((p.sqnr_db for p in o.slices), default=o.sqnr_db) for o in (then, worst)]
-    change = f"{_db(figures[0])} to {_db(figures[1])}" if part else ""
-    change = change or f"{_db(then.sqnr_db)} to {_db(worst.sqnr_db)}"
-    which = part + ("output" if len(paired) == 1 else "worst output")
-    return f"{which[0].upper()}{which[1:]} {_name(worst.name, 16)} goes from {change}; {tensors}"
+    which, ends = "Output" if len(paired) == 1 else "Worst output", [then.sqnr_db, worst.sqnr_db]
+    if low_slices(then) or low_slices(worst):
+        which = "Worst part"
+        ends = [min((p.sqnr_db for p in o.slices), default=o.sqnr_db) for o in (then, worst)]
+    return f"{which} goes from {_db(ends[0]).removesuffix(' dB')} to {_db(ends[1])}; {tensors}"
 
 
 # --- one tensor: histogram, error, map ---------------------------------------------------------
@@ -868,45 +856,29 @@ def _count_axis(most: float, log: bool) -> tuple[dict[str, Any], float]:
 
 
 def _add_outline(
-    figure: go.Figure,
-    name: str,
-    edges: _Array,
-    counts: _Array,
-    floor: float,
-    color: str,
-    width: float,
-    fill: float = 0.0,
+    figure: go.Figure, name: str, edges: _Array, counts: _Array, floor: float, **style: Any
 ) -> None:
     """A histogram's outline; empty bins lie on the floor."""
-    drawn = np.maximum(counts, floor).tolist()
-    bins = [
-        f"{_real(low)} to {_real(high)}: {int(n):,} {name}"
-        for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]
-    figure.add_scatter(
-        x=edges.tolist(),
-        y=[*drawn, drawn[-1]],
-        mode="lines",
-        line={"shape": "hv", "width": width, "color": color},
-        name=name,
-        hovertext=[*bins, bins[-1]],
-        hovertemplate="%{hovertext}<extra></extra>",
-        meta={"x": ((edges[:-1] + edges[1:]) / 2).tolist(), "y": counts.tolist()},
-        **({"fill": "tozeroy", "fillcolor": _fade(color, fill)} if fill else {}),
-    )
+    y, x = np.maximum(counts, floor).tolist(), edges.tolist()
+    true = {"x": ((edges[:-1] + edges[1:]) / 2).tolist(), "y": counts.tolist()}
+    bins = [f"{_real(low)} to {_real(high)}" for low, high in pairwise(x)]
+    hover = [f"{ends}: {int(n):,} {name}" for ends, n in zip(bins, counts, strict=True)]
+    style["line"] = {"shape": "hv", **style["line"]}
+    told = {"hovertext": [*hover, hover[-1]], "hovertemplate": _HOVER, "meta": true}
+    figure.add_scatter(x=x, y=[*y, y[-1]], mode="lines", name=name, **told, **style)
 
 
-def _add_beyond(
-    figure: go.Figure, detail: Mapping[str, Any], kind: str, edges: _Array, dark: bool
-) -> None:
+def _outside(detail: Mapping[str, Any], kind: str) -> tuple[int, int]:
     """How many values lie left and right of the bins."""
-    below, above = int(detail.get(f"{kind}_below") or 0), int(detail.get(f"{kind}_above") or 0)
-    if below:
-        text = f"◀ {below:,} below {_real(float(edges[0]))}"
-        _label(figure, dark, text, 0, 0.55, xanchor="left")
-    if above:
-        text = f"{above:,} above {_real(float(edges[-1]))} ▶"
-        _label(figure, dark, text, 1, 0.55, xanchor="right")
+    return int(detail.get(f"{kind}_below") or 0), int(detail.get(f"{kind}_above") or 0)
+
+
+def _add_outside(figure: go.Figure, outside: tuple[int, int], edges: _Array, dark: bool) -> None:
+    left, right = _real(float(edges[0])), _real(float(edges[-1]))
+    if outside[0]:
+        _label(figure, dark, f"◀ {outside[0]:,} below {left}", 0, 0.55, xanchor="left")
+    if outside[1]:
+        _label(figure, dark, f"{outside[1]:,} above {right} ▶", 1, 0.55, xanchor="right")
 
 
 def _histogram_title(detail: Mapping[str, Any], edges: _Array, counts: _Array) -> str:
@@ -928,7 +900,7 @@ def _histogram_title(detail: Mapping[str, Any], edges: _Array, counts: _Array) -
 
 def _core(detail: Mapping[str, Any], edges: _Array, counts: _Array) -> tuple[float, float] | None:
     """Between which edges the middle 99.9 % of the float values lie; None where out of view."""
-    below, above = int(detail.get("float_below") or 0), int(detail.get("float_above") or 0)
+    below, above = _outside(detail, "float")
     total = float(counts.sum()) + below + above
     reached = below + np.cumsum(counts)
     inside = np.flatnonzero((reached > 0.0005 * total) & (reached - counts < 0.9995 * total))
@@ -960,14 +932,12 @@ def histogram(
     Args:
         detail: one tensor's detail as the workbench writes it.
         log: logarithmic counts; an empty bin then lies on the axis.
-        title: a sentence in place of the derived one.
-        dark: for a dark background.
     """
     height = 320
     edges = _floats(detail.get("edges"))
     counts, quantized = _floats(detail.get("float_counts")), _floats(detail.get("quantized_counts"))
-    beyond = int(detail.get("float_below") or 0) + int(detail.get("float_above") or 0)
-    if edges.size < 2 or counts.size != edges.size - 1 or not counts.sum() + beyond:
+    outside = _outside(detail, "float")
+    if edges.size < 2 or counts.size != edges.size - 1 or not counts.sum() + sum(outside):
         sentence = f"{_tensor(detail)} holds no finite value"
         return _nothing(title, sentence, _described(detail), dark, height)
     colors = _palette(dark)
@@ -980,9 +950,12 @@ def histogram(
     figure.update_yaxes(**y_axis)
     x_title = "value, in the tensor's own units"
     figure.update_xaxes(range=list(view), title_text=x_title, ticklabelstandoff=6)
-    _add_outline(figure, "float", edges, counts, floor, colors.float_model, 0.5, 0.55)
+    line = {"width": 0.5, "color": colors.float_model}
+    filled = {"fill": "tozeroy", "fillcolor": _fade(colors.float_model, 0.55)}
+    _add_outline(figure, "float", edges, counts, floor, line=line, **filled)
     if quantized.size == edges.size - 1:
-        _add_outline(figure, "dequantized", edges, quantized, floor, colors.quantized, 1.5)
+        line = {"width": 1.5, "color": colors.quantized}
+        _add_outline(figure, "dequantized", edges, quantized, floor, line=line)
     levels = _levels(detail, view).tolist()
     if levels:
         line = {"width": 1, "color": _fade(colors.quantized, 0.75)}
@@ -1000,7 +973,7 @@ def histogram(
             color = colors.ink if share else colors.muted
             where = {"xanchor": ("left", "right")[end], "yanchor": "bottom", "font_color": color}
             _label(figure, dark, f"{before}{text}{after}", end, 1, **where)
-    _add_beyond(figure, detail, "float", edges, dark)
+    _add_outside(figure, outside, edges, dark)
     return figure
 
 
@@ -1013,7 +986,8 @@ def error_histogram(
     """
     height = 300
     edges, counts = _floats(detail.get("error_edges")), _floats(detail.get("error_counts"))
-    beyond = int(detail.get("error_below") or 0) + int(detail.get("error_above") or 0)
+    outside = _outside(detail, "error")
+    beyond = sum(outside)
     total = float(counts.sum()) + beyond
     if edges.size < 2 or counts.size != edges.size - 1 or not total:
         sentence = f"{_tensor(detail)} has no finite error to show"
@@ -1047,7 +1021,9 @@ def error_histogram(
     figure.update_xaxes(
         range=[low - room, high + room], title_text=f"dequantized − float, in {unit}"
     )
-    _add_outline(figure, "errors", edges, counts, floor, colors.quantized, 1, 0.45)
+    filled = {"fill": "tozeroy", "fillcolor": _fade(colors.quantized, 0.45)}
+    line = {"width": 1, "color": colors.quantized}
+    _add_outline(figure, "errors", edges, counts, floor, line=line, **filled)
     if in_steps:
         for step, anchor, text in ((-0.5, "right", "−½ step"), (0.5, "left", "+½ step")):
             figure.add_vline(x=step, line={"color": colors.ink, "width": 1.25, "dash": "dot"})
@@ -1055,7 +1031,7 @@ def error_histogram(
             _label(figure, dark, text, step, 1, font_color=colors.muted, **where)
     else:
         figure.add_vline(x=0, line={"color": colors.muted, "width": 1, "dash": "dot"})
-    _add_beyond(figure, detail, "error", edges, dark)
+    _add_outside(figure, outside, edges, dark)
     return figure
 
 
@@ -1136,8 +1112,6 @@ def channels(
         worst: the channel to be named; the lowest one where None.
         axis_name: what a channel is, e.g. "channel" or "output feature".
         representable: what the scale can hold, drawn over the ranges.
-        title: a sentence in place of the derived one.
-        dark: for a dark background.
     """
     height = 360
     numbers = [math.nan if v is None else float(v) for v in channel_sqnr_db]
@@ -1201,23 +1175,15 @@ def channels(
     ):
         ends_of = [(float(channel_low[shown[i]]), float(channel_high[shown[i]])) for i in chosen]
         cap = {"symbol": "line-ew", "size": 7, "line": {"width": 1.5, "color": color}}
-        figure.add_scatter(
-            x=[x for i in chosen for x in (i, i, None)],
-            y=[y for both in ends_of for y in (*both, None)],
-            yaxis="y2",
-            mode="lines+markers",
-            line={"color": color, "width": width},
-            marker=cap,
-            name=name,
-            hovertext=[text for i in chosen for text in (hover[i], hover[i], "")],
-            hovertemplate="%{hovertext}<extra></extra>",
-            meta={"x": [n for i in chosen for n in (shown[i], shown[i], None)]},
-        )
+        line = {"color": color, "width": width}
+        texts = [text for i in chosen for text in (hover[i], hover[i], "")]
+        numbers_of = [n for i in chosen for n in (shown[i], shown[i], None)]
+        x, y = [x for i in chosen for x in (i, i, None)], [y for e in ends_of for y in (*e, None)]
+        look: dict[str, Any] = {"mode": "lines+markers", "line": line, "marker": cap}
+        told: dict[str, Any] = {"hovertext": texts, "hovertemplate": _HOVER, "name": name}
+        figure.add_scatter(x=x, y=y, yaxis="y2", meta={"x": numbers_of}, **look, **told)
     for limit in representable or ():
         _level(figure, limit, colors.quantized, yref="y2")
-    if representable is not None:
-        text, where = f"holds to<br>{_real(representable[1])}", {"yref": "y2", **beside}
-        _label(figure, dark, text, 1, representable[1], font_color=colors.quantized, **where)
     return figure
 
 
@@ -1236,24 +1202,25 @@ def slices(
     worst = shown[0]
     axis = _DecibelAxis.of([s.sqnr_db for s in shown])
     largest = max(slices, key=lambda s: _sort_key(s.absmax))
+    notes = [f"the worst {len(shown)} of {len(slices)} parts"] if len(shown) < len(slices) else []
     if worst.sqnr_db == math.inf:
         sentence = "Every part arrives exactly"
     else:
-        part = _name(worst.source, 30) if len(slices) > 1 else "The only part"
+        part = _name(worst.source, 36) if len(slices) > 1 else "The only part"
         arrives = "not finite" if math.isnan(worst.sqnr_db) else f"at {_db(worst.sqnr_db)}"
         sentence = f"{part} arrives {arrives}"
         if worst.absmax > 0 and largest.absmax / worst.absmax >= 2:
             ratio = f"{largest.absmax / worst.absmax:.3g}"
-            sentence += f": {_name(largest.source, 24)} is {ratio} times as large"
+            notes.insert(0, f"{_name(largest.source, 36)} is {ratio} times as large")
     sources = _distinct([s.source for s in shown], 26)
     labels = [f"{n} [{s.start}:{s.stop}]" for n, s in zip(sources, shown, strict=True)]
     left = int(min(340, 20 + 6.6 * max(len(html.unescape(t)) for t in labels)))
     places = list(range(len(shown)))
     absmax = [s.absmax if math.isfinite(s.absmax) else 0.0 for s in shown]
     bottom, top = axis.range
-    notes = f"the worst {len(shown)} of {len(slices)} parts" if len(shown) < len(slices) else ""
     height, margin = 106 + 30 * len(shown), {"l": left, "t": 54}
-    figure = _figure(title, sentence, dark, height, notes, margin=margin, showlegend=False)
+    said = " · ".join(notes)
+    figure = _figure(title, sentence, dark, height, said, margin=margin, showlegend=False)
     # Each bar carries its figure, so the rails need no tick; the room at the right is for them.
     db_range = [bottom, top + 0.25 * (top - bottom)]
     steps = [v for v in range(int(axis.low), int(axis.high) + 1) if v % 20 == 0]
@@ -1318,25 +1285,16 @@ def per_sample(
     figure.update_yaxes(**axis.layout("SQNR, dB", height))
     pad = max(0.6, 0.02 * count)
     figure.update_xaxes(title_text="sample", range=[-pad, count - 1 + pad], showgrid=False)
-    figure.update_xaxes(tickformat="d", nticks=min(count, 12))
-    upper = _sort_key(pooled) >= _sort_key(median)
-    for word, db, dash, up in (
-        ("pooled", pooled, "solid", upper),
-        ("median", median, "dot", not upper),
-    ):
+    figure.update_xaxes(tickformat="d", nticks=12, dtick=1 if count <= 12 else None)
+    higher = _sort_key(pooled) >= _sort_key(median)
+    for word, db, dash in (("pooled", pooled, "solid"), ("median", median, "dot")):
+        up = higher == (word == "pooled")
         _level(figure, axis.y(db), colors.quantized, dash)
         where = {"yref": "y", "xanchor": "left", "yanchor": "bottom" if up else "top", "xshift": 4}
         _label(figure, dark, f"{word} {_db(db)}", 1, axis.y(db), **where)
-    marker = {
-        "size": 9 if count <= 60 else _dot_size(count),
-        "symbol": ["x" if math.isnan(db) else "circle" for db in numbers],
-        "color": [error_color(db) for db in numbers],
-        "line": {"width": 0.75, "color": _fade(colors.ink, 0.55)},
-    }
     hover = [f"<b>{_escape(n)}</b><br>{_db(db)}" for n, db in zip(names, numbers, strict=True)]
     picked, y = _picked(names, hover, {"y": numbers}), [axis.y(db) for db in numbers]
-    x = list(range(count))
-    figure.add_scatter(x=x, y=y, mode="markers", marker=marker, name="sample", **picked)
+    _add_marks(figure, "sample", list(range(count)), y, picked, marker=_dots(numbers, count, dark))
     if count > 1 and lowest != math.inf:
         side = -1 if worst > 0.6 * count else 1
         down = -1 if axis.pixels(lowest, height) > height - 30 else 1

@@ -110,6 +110,14 @@ def task_or_size_tiles(view: View) -> list[Tile]:
     return tiles
 
 
+def _is_noisy(latency: Latency) -> bool:
+    """Half of the runs lie further apart than 40 % of the median."""
+    return (
+        latency.float_spread_seconds > 0.4 * latency.float_seconds
+        or latency.quantized_spread_seconds > 0.4 * latency.quantized_seconds
+    )
+
+
 def _times_float(latency: Latency | None) -> str:
     if latency is None or not latency.float_seconds:
         return "–"
@@ -132,7 +140,8 @@ def latency_tile(comparison: Comparison) -> Tile:
     return (
         "int8 against float on this machine",
         f"{format_ms(latency.quantized_seconds)}",
-        f"float {format_ms(latency.float_seconds)}: int8 is {pace(latency)}",
+        f"float {format_ms(latency.float_seconds)}: int8 is {pace(latency)}"
+        + (", noisy" if _is_noisy(latency) else ""),
         f"Deployed, one feed, median of {latency.runs} interleaved runs; spread "
         f"{format_ms(latency.quantized_spread_seconds)} and "
         f"{format_ms(latency.float_spread_seconds)}. Other machines differ.",
