@@ -161,10 +161,10 @@ def tensor_columns() -> dict[str, Any]:
     return {
         "sign": text("", width=28, help="● below 10 dB · ▲ below 20 dB · ✓ fine"),
         "name": None,
-        "tensor": text("Tensor", width="large"),
-        "kind": text("Kind", width="small"),
-        "op": text("Op", width="small"),
-        "type": text("Stored as", width="small"),
+        "tensor": text("Tensor", width=285),
+        "kind": text("Kind", width=72),
+        "op": text("Op", width=72),
+        "type": text("Type", width=52, help="Stored as; a float type where it was left in float."),
         "sqnr": _db(
             "SQNR",
             "Signal over quantization noise, higher is better; +6 dB is one more bit. Activations: "
@@ -275,7 +275,7 @@ def parts(record: OutputError | ActivationError) -> pd.DataFrame:
         rows = [
             {
                 "sign": style.SIGNS[style.severity(part.sqnr_db)],
-                "part": shorten_name(part.source, 26),
+                "part": shorten_name(part.source, 20),
                 "channels": f"{part.start}…{part.stop - 1}",
                 "sqnr": _known(part.sqnr_db),
                 "largest": part.absmax,
@@ -301,8 +301,8 @@ def part_columns() -> dict[str, Any]:
     text = st.column_config.TextColumn
     return {
         "sign": text("", width=28, help="● below 10 dB · ▲ below 20 dB · ✓ fine"),
-        "part": text("Part", width=150),
-        "channels": text("Channels", width=60),
+        "part": text("Part", width=148),
+        "channels": text("Ch.", width=52, help="Channels along the axis of the Concat."),
         "sqnr": _db("SQNR", "Accumulated SQNR in dB of this part alone.", 64),
         "largest": st.column_config.NumberColumn(
             "Largest", format="%.4g", width=60, help="Largest absolute float value in this part."

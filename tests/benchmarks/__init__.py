@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run: ``python -m tests.benchmarks``."""
+"""Measurements that are quoted, never asserted; each module runs on its own with ``python -m``."""
