@@ -347,6 +347,7 @@ def change_tiles(view: View, output: str | None) -> list[Tile]:
                 "Latency against float",
                 arrow(_times_float(old_latency), _times_float(latency)),
                 f"{format_ms(latency.quantized_seconds)}, float {format_ms(latency.float_seconds)}"
+                + (", noisy" if _is_noisy(latency) else "")
                 if latency
                 else "not measured",
                 "Share of the float model's time, measured in turns with it, deployed; lower is "

@@ -400,7 +400,7 @@ def leave_in_float(view: View, *, key: str) -> None:
     draft = session.draft(view.pair.id, view.run.exclusions)
     ticked = view.node in draft.nodes
     st.button(
-        "Do not leave in float" if ticked else "Leave in float",
+        "Undo float" if ticked else "Leave in float",
         key=key,
         shortcut="x",
         disabled=not view.node,
