@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from inspector import workbench
 from inspector.cli import main as cli_main
 from inspector.render import format_db
-from inspector.store import Workspace
+from inspector.store import FeedSource, Workspace
 from tests.browser import CHART, CHROMIUM, chromium, running_app
-from tests.samples import ROOT
+from tests.samples import MODELS, ROOT, needs_models
 
 SAMPLE = ROOT / "sample_models" / "digit-detector"
 PATIENCE = 90_000
@@ -88,6 +89,40 @@ def test_a_user_sees_the_collapse_excludes_the_node_and_gets_the_command_lines_n
         page.reload()
         expect(page.get_by_text("run 2").first).to_be_visible(timeout=PATIENCE)
         assert re.search(r"run=[0-9a-f]{32}", page.url)
+
+
+@needs_models
+@pytest.mark.slow
+def test_excluding_on_a_real_detector_writes_the_bytes_of_the_command_line(
+    page: Page, tmp_path: Path
+) -> None:
+    folder = MODELS / "fastestdet"
+    data = tmp_path / "data"
+    workbench.load_pair(
+        data,
+        float_path=folder / "model.onnx",
+        quantized_path=folder / "ort_static_qdq.onnx",
+        inputs=FeedSource(kind="path", path=str(folder / "inputs")),
+    )
+    with running_app(data) as address:
+        page.goto(f"{address}/exclusions")
+        tick_first_row(page)
+        expect(page.get_by_text("1 node to leave in float")).to_be_visible(timeout=PATIENCE)
+        page.get_by_role("button", name="Re-quantize").click()
+        expect(page.get_by_text("run 2").first).to_be_visible(timeout=PATIENCE)
+        (pair,) = Workspace(data).pairs()
+        run = Workspace(data).runs(pair.id)[-1]
+        (excluded,) = run.exclusions
+        out, listed, report = (tmp_path / name for name in ("o.onnx", "list.json", "report.json"))
+        words = ["quantize", folder / "model.onnx", "-o", out, "--inputs", folder / "inputs",
+                 "--exclude", excluded, "--save-exclusions", listed]  # fmt: skip
+        assert cli_main([str(w) for w in words]) == 0
+        assert out.read_bytes() == run.model.path.read_bytes()
+        words = ["compare", folder / "model.onnx", out, "--inputs", folder / "inputs",
+                 "--json", report]  # fmt: skip
+        assert cli_main([str(w) for w in words]) == 0
+        (output,) = json.loads(report.read_text())["outputs"]
+        expect(page.get_by_text(format_db(output["sqnr_db"])).first).to_be_visible()
 
 
 @pytest.mark.parametrize("name", ["", "overview", "tensors", "exclusions", "models", "report"])
