@@ -844,7 +844,9 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
         fed = True
         keepers = graph.input_keepers(tensor, name)
         neighbours.update(dict.fromkeys(keepers))
-        why = f", because {_sentence_list(keepers)} {_want(keepers)} it so" if keepers else ""
+        why = (
+            f", because {_sentence_list(keepers)} {_need(keepers)} it quantized" if keepers else ""
+        )
         through = ""
         if there is not None:
             position = list(node.inputs).index(tensor)
@@ -859,7 +861,11 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
         if "int" in state.output:
             fed = True
             neighbours.update(dict.fromkeys(keepers))
-            why = f", because {_sentence_list(keepers)} {_want(keepers)} it so" if keepers else ""
+            why = (
+                f", because {_sentence_list(keepers)} {_need(keepers)} it quantized"
+                if keepers
+                else ""
+            )
             details.append(f"its output {output} is still quantized to {state.output}{why}")
 
     status = WEIGHT_QUANTIZED if weight_kept else STILL_FED if fed else FLOAT_NOW
@@ -884,8 +890,8 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
     )
 
 
-def _want(names: Sequence[str]) -> str:
-    return "wants" if len(names) == 1 else "want"
+def _need(names: Sequence[str]) -> str:
+    return "needs" if len(names) == 1 else "need"
 
 
 def _side_effects(graph: _Graph, node: Node, baseline: Model, was_there: bool) -> list[str]:

@@ -430,8 +430,8 @@ def test_a_node_between_quantized_neighbours_is_still_fed(tmp_path: Path) -> Non
     )
     assert effect.neighbours == ("relu", "three")
     assert effect.details == (
-        "its input r1 is still dequantized from int8, because relu wants it so",
-        "its output c2 is still quantized to int8, because three wants it so",
+        "its input r1 is still dequantized from int8, because relu needs it quantized",
+        "its output c2 is still quantized to int8, because three needs it quantized",
     )
 
 
@@ -512,7 +512,7 @@ def test_values_that_are_only_handed_on_count_as_dequantized(tmp_path: Path) -> 
     assert effect.status == "still fed by Q/DQ"
     assert effect.details == (
         "its input t1 is still dequantized from int8 (handed on unchanged), "
-        "because one wants it so",
+        "because one needs it quantized",
     )
     assert free_fully("two", chain.prepared.model, chain.quantize()) == ("one",)
     assert chain.effects("one", "two")["two"].status == "float now"

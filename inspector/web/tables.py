@@ -391,7 +391,7 @@ def run_columns() -> dict[str, Any]:
         "what": text("What"),
         "format": text("Format", width="small"),
         "in float": number("Nodes in float", format="%d", width="small"),
-        "output": text("Lowest output SQNR", width="small"),
+        "output": text("Output SQNR", width="small", help="Pooled; of several outputs the lowest."),
         "part": text("Worst part", width="small"),
         "size": text("Size", width="small"),
         "made": text("Made (UTC)", width="small"),
