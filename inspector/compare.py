@@ -642,10 +642,6 @@ def compare_models(
         )
     if task is not None and task.task() is None:
         warnings.append("labels are given, but no output has as many classes: no top-1 figures")
-    loners = [
-        Unmatched(name=u.name, kind=u.kind, model=u.model, reason=u.reason)
-        for u in matching.unmatched
-    ]
     progress(1.0, "compared")
     return Comparison(
         float_model=model_file(float_model),
@@ -658,7 +654,7 @@ def compare_models(
         activations=activations,
         outputs=compared,
         unmatched=(
-            *loners,
+            *matching.unmatched,
             *lost_weights,
             *(r for r in results if isinstance(r, Unmatched)),
         ),

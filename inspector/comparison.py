@@ -7,6 +7,7 @@ Local and accumulated error are defined in the README's glossary.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from dataclasses import dataclass
 
@@ -305,3 +306,14 @@ def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:
         if s.sqnr_db < min(LOOK_DB, whole - FAR_BELOW_DB) and s.sqnr_db != -math.inf
     ]
     return tuple(sorted(low, key=lambda s: s.sqnr_db))
+
+
+def made_with() -> dict[str, str]:
+    """Versions of this tool and of what its figures depend on, for files that it writes."""
+    versions = {}
+    for package in ("quant-inspector", "onnxruntime", "onnx"):
+        try:
+            versions[package.replace("-", "_")] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package.replace("-", "_")] = "unknown"
+    return versions

@@ -15,10 +15,10 @@ import re
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from inspector.comparison import made_with
 from inspector.errors import ExclusionError, InspectorError, ReportError
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.prepare import Prepared, unknown_node
@@ -31,21 +31,6 @@ VERSION = 1
 # A list of every node of a large model has under 2 MB; deeper nesting than ours is no list.
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 12
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for key, package in (
-        ("quant_inspector", "quant-inspector"),
-        ("onnxruntime", "onnxruntime"),
-        ("onnx", "onnx"),
-    ):
-        try:
-            found[key] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            # Run from a checkout that was not installed.
-            continue
-    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +72,7 @@ class ExclusionList:
     float_sha256: str | None = None
     recipe: QuantConfig | None = None
     measured: Mapping[str, Any] | None = None
-    made_with: Mapping[str, Any] = field(default_factory=_versions)
+    made_with: Mapping[str, Any] = field(default_factory=made_with)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -844,9 +829,7 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
         fed = True
         keepers = graph.input_keepers(tensor, name)
         neighbours.update(dict.fromkeys(keepers))
-        why = (
-            f", because {_sentence_list(keepers)} {_need(keepers)} it quantized" if keepers else ""
-        )
+        why = _because(keepers)
         through = ""
         if there is not None:
             position = list(node.inputs).index(tensor)
@@ -861,11 +844,7 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
         if "int" in state.output:
             fed = True
             neighbours.update(dict.fromkeys(keepers))
-            why = (
-                f", because {_sentence_list(keepers)} {_need(keepers)} it quantized"
-                if keepers
-                else ""
-            )
+            why = _because(keepers)
             details.append(f"its output {output} is still quantized to {state.output}{why}")
 
     status = WEIGHT_QUANTIZED if weight_kept else STILL_FED if fed else FLOAT_NOW
@@ -890,8 +869,9 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
     )
 
 
-def _need(names: Sequence[str]) -> str:
-    return "needs" if len(names) == 1 else "need"
+def _because(keepers: Sequence[str]) -> str:
+    needs = "needs" if len(keepers) == 1 else "need"
+    return f", because {_sentence_list(keepers)} {needs} it quantized" if keepers else ""
 
 
 def _side_effects(graph: _Graph, node: Node, baseline: Model, was_there: bool) -> list[str]:

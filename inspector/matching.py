@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inspector.comparison import Unmatched
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.qparams import QParams
 from inspector.scheme import (
@@ -100,23 +101,6 @@ class WeightPair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loner:
-    """A tensor without a partner.
-
-    Attributes:
-        name: the tensor.
-        kind: "weight", "bias" or "activation".
-        model: "float" or "quantized".
-        reason: one clause.
-    """
-
-    name: str
-    kind: str
-    model: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Matching:
     """All pairs of two models, and what has none.
 
@@ -135,7 +119,7 @@ class Matching:
     weights: tuple[WeightPair, ...]
     outputs: dict[str, str]
     inputs: dict[str, str]
-    unmatched: tuple[Loner, ...]
+    unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...]
 
 
@@ -248,7 +232,7 @@ class _Matcher:
         self.q = quantized_model
         self.scheme = read_scheme(quantized_model)
         self.notes: list[str] = []
-        self.loners: list[Loner] = []
+        self.loners: list[Unmatched] = []
         self.q_tensors = (
             set(self.q.producers) | set(self.q.constant_names) | {i.name for i in self.q.inputs}
         )
@@ -296,7 +280,7 @@ class _Matcher:
             if name not in pairs and floating and constant_value(f, name) is None:
                 reason = self._why_missing(name, pairs)
                 self.loners.append(
-                    Loner(name=name, kind="activation", model="float", reason=reason)
+                    Unmatched(name=name, kind="activation", model="float", reason=reason)
                 )
         order = {name: at for at, name in enumerate(names)}
         return sorted(pairs.values(), key=lambda pair: order[pair.name])
@@ -388,7 +372,7 @@ class _Matcher:
                     pairs.setdefault(pair.name, pair)
                 elif tensor is not None:
                     self.loners.append(
-                        Loner(
+                        Unmatched(
                             name=tensor.quantized, kind=tensor.kind, model="quantized",
                             reason=f"no float constant found for input {position} of {node.name}",
                         )
@@ -543,7 +527,7 @@ class _Matcher:
             reference=folded_weight if at == 1 else folded_bias, float_node=node,
         )  # fmt: skip
 
-    def _lone_weights(self, matched: set[str]) -> list[Loner]:
+    def _lone_weights(self, matched: set[str]) -> list[Unmatched]:
         found = []
         for node in self.f.nodes:
             for position, name in enumerate(node.inputs):
@@ -565,7 +549,7 @@ class _Matcher:
                     reason = f"limit of {node.op_type} {node.name}, which is folded into Q"
                 elif node.name not in self.q.node_by_name:
                     reason = f"its node {node.name} was fused or removed by pre-processing"
-                found.append(Loner(name=name, kind=kind, model="float", reason=reason))
+                found.append(Unmatched(name=name, kind=kind, model="float", reason=reason))
         return found
 
 
@@ -602,7 +586,9 @@ def match_tensors(float_model: Model, quantized_model: Model) -> Matching:
     if matcher.scheme.formats == (QuantFormat.FLOAT,):
         notes.append("the second model carries no quantization; two float models are compared")
     for node, reason in matcher.scheme.skipped.items():
-        matcher.loners.append(Loner(name=node, kind="activation", model="quantized", reason=reason))
+        matcher.loners.append(
+            Unmatched(name=node, kind="activation", model="quantized", reason=reason)
+        )
     return Matching(
         scheme=matcher.scheme,
         activations=tuple(activations),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from inspector.comparison import (
     Unmatched,
     WeightError,
     low_slices,
+    made_with,
 )
 from inspector.errors import ReportError
 
@@ -183,17 +183,6 @@ def read_number(value: Any) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     raise ValueError(f"{value!r} is not a number")
-
-
-def made_with() -> dict[str, str]:
-    """Versions of this tool and of what its figures depend on, for files that it writes."""
-    versions = {}
-    for package in ("quant-inspector", "onnxruntime", "onnx"):
-        try:
-            versions[package.replace("-", "_")] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package.replace("-", "_")] = "unknown"
-    return versions
 
 
 _ISSUE_ORDER: dict[type, tuple[str, ...]] = {
