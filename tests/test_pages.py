@@ -204,6 +204,16 @@ def test_ticked_nodes_survive_a_reload_and_can_be_undone(loaded: Workspace) -> N
     assert "1 node to leave in float" in words(test)
 
 
+def test_two_tabs_keep_each_others_ticks(loaded: Workspace) -> None:
+    (pair,) = loaded.pairs()
+    seen_by_both = session.draft(pair.id, ("a", "b"))
+    session.tick(pair.id, seen_by_both, ("a",))  # one tab unticks b
+    session.tick(pair.id, seen_by_both, ("a", "b", "c"))  # the other, which still shows b, ticks c
+    assert session.draft(pair.id).nodes == ("a", "c")
+    session.undo(pair.id, session.draft(pair.id))
+    assert session.draft(pair.id).nodes == ("a",)
+
+
 def test_all_like_this_ticks_the_op_type_of_the_last_tick(loaded: Workspace) -> None:
     test = app("exclusions")
     assert "1 node to leave in float" in words(test), "the shown run's own list"
@@ -241,7 +251,8 @@ def test_requantizing_opens_the_new_run(loaded: Workspace) -> None:
     test = app("exclusions")
     test.button(key="all-like-this").click().run()
     test.button(key="requantize").click().run()
-    wait(test, lambda page: "4 nodes left in float" in words(page))
+    # The run is on disk a moment before its job is over, and only then in the address.
+    wait(test, lambda page: "4 nodes left in float" in words(page) and "run" in page.query_params)
     runs = loaded.runs(loaded.current_pair() or "")
     assert len(runs) == before + 1
     assert test.query_params["run"] == runs[-1].id

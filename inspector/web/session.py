@@ -487,10 +487,16 @@ def _keep(pair_id: str, new: Draft) -> None:
 
 
 def tick(pair_id: str, old: Draft, nodes: tuple[str, ...]) -> None:
-    """Replaces the ticked nodes; the old set can be had back with `undo`."""
-    nodes = tuple(dict.fromkeys(nodes))
-    if set(nodes) != set(old.nodes):
-        _keep(pair_id, Draft(nodes=nodes, undo=(*old.undo, old.nodes)))
+    """Ticks and unticks what changed from `old` to `nodes`; `undo` takes it back.
+
+    Only the change is applied: another tab may have ticked other nodes since `old` was read.
+    """
+    now = draft(pair_id, old.nodes)
+    stays = [each for each in now.nodes if each in nodes or each not in old.nodes]
+    added = [each for each in nodes if each not in old.nodes]
+    ticked = tuple(dict.fromkeys((*stays, *added)))
+    if set(ticked) != set(now.nodes):
+        _keep(pair_id, Draft(nodes=ticked, undo=(*now.undo, now.nodes)))
 
 
 def toggle(pair_id: str, old: Draft, node: str) -> None:
