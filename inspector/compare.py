@@ -44,14 +44,13 @@ from inspector.timing import measure_latency as time_sessions
 # -- weights -----------------------------------------------------------------------------------
 
 
-def _listed(values: NDArray[Any]) -> Any:
+def plain(values: NDArray[Any]) -> Any:
+    """One Python number, or a tuple of them, as records hold scales and zero points."""
     return values.item() if values.ndim == 0 or values.size == 1 else tuple(values.ravel().tolist())
 
 
 def _scale_and_zero_point(qparams: QParams | None) -> tuple[Any, Any]:
-    return (
-        (None, None) if qparams is None else (_listed(qparams.scale), _listed(qparams.zero_point))
-    )
+    return (None, None) if qparams is None else (plain(qparams.scale), plain(qparams.zero_point))
 
 
 def _weight_error(pair: WeightPair, quantized_model: Model) -> WeightError | Unmatched:
@@ -424,11 +423,6 @@ def _seen_label(seen: Sequence[bool] | None) -> str:
     return "mixed" if any(seen) else "unseen"
 
 
-def _argmaxes(values: NDArray[Any]) -> NDArray[np.int64]:
-    """The largest element's place along the last axis."""
-    return np.asarray(np.argmax(values, axis=-1))
-
-
 class _OutputWatch:
     def __init__(self, name: str, watch: _Watch | None, output_step: float | None) -> None:
         self.name = name
@@ -451,6 +445,9 @@ class _OutputWatch:
             with np.errstate(invalid="ignore"):
                 apart = np.abs(simulated.astype(np.float64) - deployed)
             self.differs |= bool(np.nanmax(apart) > 3 * self.output_step)
+        if simulated.ndim and simulated.size == simulated.shape[-1] > 1:
+            # One vector per sample: its largest element is the choice.
+            self.differs |= bool(np.argmax(simulated) != np.argmax(deployed))
 
     def error(self, sample_names: Sequence[str], seen: Sequence[bool] | None) -> OutputError:
         per_sample = np.array([t.sqnr_db for t in self.simulated])
@@ -629,7 +626,8 @@ def compare_models(
     for name in sorted(skipped_outputs):
         warnings.append(f"output {name} is not compared: it holds no floating-point values")
     warnings += [
-        f"output {o.name}: simulated and deployed values differ by more than 3 output steps"
+        f"output {o.name}: simulated and deployed values differ by more than 3 output steps "
+        "or choose another largest element"
         for o in compared
         if o.deployed_differs
     ]

@@ -395,10 +395,9 @@ def load_model(path: str | os.PathLike[str]) -> Model:
             )
     digest = hashlib.sha256(data)
     size = len(data)
-    for location, part in _load_external_data(proto, path).items():
+    for part in _load_external_data(proto, path).values():
         digest.update(part.read_bytes())
         size += part.stat().st_size
-        del location
     return Model(proto, path=path, sha256=digest.hexdigest(), size_bytes=size)
 
 

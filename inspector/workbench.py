@@ -11,7 +11,7 @@ import base64
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
-from inspector.compare import PairRunner, compare_models
+from inspector.compare import PairRunner, compare_models, plain
 from inspector.comparison import Comparison, judged_db
-from inspector.errors import FeedError, ModelError, ReportError
+from inspector.errors import FeedError, ReportError
 from inspector.exclusions import (
     ExclusionEntry,
     ExclusionList,
@@ -33,7 +33,7 @@ from inspector.exclusions import (
 from inspector.exclusions import to_json as exclusions_json
 from inspector.feeds import Feeds, image_feeds, load_feeds, random_feeds, split_calibration
 from inspector.images import Preprocess
-from inspector.matching import ActivationPair, WeightPair, match_tensors
+from inspector.matching import ActivationPair, WeightPair, match_tensors, rectify
 from inspector.model import Model, load_model
 from inspector.prepare import prepare
 from inspector.qparams import INTEGER_DTYPES, QParams
@@ -615,8 +615,6 @@ def _activation_detail(
     matching: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    from inspector.matching import rectify
-
     known = next((a for a in comparison.activations if a.name == pair.name), None)
     if known is None:
         raise ReportError(
@@ -683,14 +681,13 @@ class _Bins:
 
     def detail(self, tensor: str, node: str, kind: str) -> dict[str, Any]:
         qparams = self.qparams
-        listed: Callable[[NDArray[Any]], Any] = lambda v: v.item() if v.ndim == 0 else v.tolist()  # noqa: E731
         return {
             "tensor": tensor,
             "node": node,
             "kind": kind,
             "dtype": qparams.dtype if qparams is not None else "float32",
-            "scale": None if qparams is None else listed(qparams.scale),
-            "zero_point": None if qparams is None else listed(qparams.zero_point),
+            "scale": None if qparams is None else plain(qparams.scale),
+            "zero_point": None if qparams is None else plain(qparams.zero_point),
             "axis": None if qparams is None else qparams.axis,
             "edges": self.values.edges.tolist(),
             "float_counts": self.values.counts.tolist(),
@@ -792,13 +789,3 @@ def preview_feed(
         }
     )
     return result
-
-
-def require_model(path: Path) -> None:
-    """Refuses a path field's value that names no file.
-
-    Raises:
-        ModelError: there is no such file.
-    """
-    if not path.exists():
-        raise ModelError(f"{path} does not exist", hint="Check the path and its spelling.")

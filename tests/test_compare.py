@@ -14,7 +14,7 @@ from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 from onnxruntime.quantization import QuantFormat as OrtFormat
 
-from inspector.compare import compare_models
+from inspector.compare import _OutputWatch, compare_models
 from inspector.comparison import Comparison
 from inspector.errors import Cancelled, ModelError
 from inspector.feeds import load_feeds
@@ -404,3 +404,17 @@ def test_two_models_in_memory_are_compared_without_files(tmp_path: Path) -> None
     assert result.outputs[0].sqnr_db == math.inf
     assert all(a.accumulated_sqnr_db == math.inf for a in result.activations)
     assert any("carries no quantization" in w for w in result.warnings)
+
+
+def test_deployed_outputs_differ_by_steps_or_by_the_largest_element() -> None:
+    def differs(simulated: list[float], deployed: list[float], step: float | None) -> bool:
+        watch = _OutputWatch("y", None, step)
+        a, b = np.array([simulated]), np.array([deployed])
+        watch.add(a, a, a, b)
+        return watch.differs
+
+    assert not differs([0.0, 1.0], [0.2, 1.0], 0.1)
+    assert differs([0.0, 1.0], [0.4, 1.0], 0.1)
+    assert differs([0.5, 0.6], [0.61, 0.6], 0.1)
+    assert differs([0.5, 0.6], [0.61, 0.6], None)
+    assert not differs([0.5, 0.6], [0.59, 0.6], None)
