@@ -354,12 +354,21 @@ def _notes(tensors: TensorsData) -> tuple[str, ...]:
         for name, tensor in tensors.items()
         if not all(np.all(np.isfinite(limit)) for limit in tensor.range_value)
     ]
-    if not endless:
-        return ()
-    return (
-        f"calibration saw infinity or NaN in {len(endless)} of {len(tensors.keys())} tensors "
-        f"(first {endless[0]!r}), which get no usable scale: leave the nodes around them in float",
-    )
+    notes = []
+    if endless:
+        notes.append(
+            f"calibration saw infinity or NaN in {len(endless)} of {len(tensors.keys())} tensors "
+            f"(first {endless[0]!r}), which get no usable scale: leave the nodes around them in "
+            "float"
+        )
+    zero = [n for n, t in tensors.items() if not any(np.any(limit) for limit in t.range_value)]
+    if zero:
+        notes.append(
+            f"calibration saw nothing but zeros in {len(zero)} of {len(tensors.keys())} tensors "
+            f"(first {zero[0]!r}): where they are quantized ONNX Runtime takes scale 1, whatever "
+            "other samples hold"
+        )
+    return tuple(notes)
 
 
 def _failure(error: Exception, reader: FeedReader, method: str) -> CalibrationError:

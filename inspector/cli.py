@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import click
 from inspector.errors import Cancelled, ExclusionError, InspectorError, ReportError
 
 if TYPE_CHECKING:
-    from inspector.comparison import Comparison, OutputError
+    from inspector.comparison import Comparison, OutputError, Pin
     from inspector.exclusions import ExclusionEntry, ExclusionList
     from inspector.feeds import Feeds
     from inspector.model import Model
@@ -53,8 +53,19 @@ def _show_version(context: click.Context, _option: click.Parameter, wanted: bool
     context.exit()
 
 
+class _WrongName(click.UsageError):
+    """A name on the command line that means nothing, or more than one thing, in these models."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 def _say(kind: str, text: str) -> None:
-    click.echo(f"{kind}: {text}", err=True)
+    """One line on stderr, whatever the names in it hold."""
+    from inspector.render import LONGEST_WORD, printable
+
+    click.echo(f"{kind}: {printable(text, LONGEST_WORD)}", err=True)
 
 
 def _print(text: str | bytes) -> None:
@@ -75,12 +86,13 @@ def _write(target: str, text: str) -> None:
     """
     text = text.removesuffix("\n")
     if target == "-":
-        _print(text.encode())  # UTF-8 whatever the terminal is set to
+        # UTF-8 whatever the terminal is set to
+        _print(text.encode("utf-8", "backslashreplace"))
         return
     path = Path(target)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text + "\n", encoding="utf-8", newline="\n")
+        part.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -114,12 +126,15 @@ def _progress(title: str) -> Iterator[Callable[[float, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    from inspector.render import printable
+
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=1.0)
 
         def show(fraction: float, message: str) -> None:
-            bar.update(task, completed=fraction, description=f"{title}: {message}")
+            bar.update(task, completed=fraction, description=f"{title}: {printable(message, 60)}")
 
         yield show
 
@@ -142,7 +157,7 @@ _FEEDS = _options(
     click.option(
         "--inputs",
         metavar="PATH",
-        help="Feeds: a folder of .npz, .pb or images, or one .npz or .npy file.",
+        help="Feeds: a folder of .npz, .pb, images or texts, or one .npz or .npy file.",
     ),
     click.option(
         "--random", type=click.IntRange(min=1), metavar="N", help="N random feeds instead of data."
@@ -234,7 +249,7 @@ _TOP = click.option(
     metavar="N",
     default=10,
     show_default=True,
-    help="Rows of the tables of worst activations and weights.",
+    help="Rows of the tables of worst activations, weights and device tensors.",
 )
 
 
@@ -304,6 +319,105 @@ def _load_calibration(options: Mapping[str, Any], model: Model) -> Feeds | None:
     return load_feeds(Path(options["calibration"]), model, preprocess=preprocess)
 
 
+# What --state and --pin hold on either side of "=": an option's metavar, and whose it is.
+_STATE = ("OUTPUT=INPUT", "output of the float model", "input of the float model")
+_PIN = ("FLOAT=QUANTIZED", "tensor of the float model", "tensor of the quantized model")
+
+
+def _tensor_names(model: Model) -> frozenset[str]:
+    """Every tensor that a pin can name: inputs, constants and computed ones."""
+    return model.constant_names.union(model.producers, (i.name for i in model.inputs))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """A hint that says which names there are."""
+    from inspector.recipe import nearest_names
+
+    near = nearest_names(name, names)
+    return f"Nearest: {', '.join(near)}." if near else "There are none in this model."
+
+
+def _known(option: str, name: str, names: Collection[str], what: str) -> str:
+    """The name, which has to be one of `names`."""
+    if name in names:
+        return name
+    raise _WrongName(f"{option} {name!r}: there is no such {what}", hint=_nearest(name, names))
+
+
+def _split_pair(
+    option: str,
+    text: str,
+    words: tuple[str, str, str],
+    left: Collection[str],
+    right: Collection[str],
+) -> tuple[str, str]:
+    """``A=B`` as (A, B). Names may hold "=" themselves, so the models decide where to split.
+
+    Raises:
+        click.UsageError: no "=", no split or more than one at which both names exist.
+    """
+    metavar, whose_left, whose_right = words
+    splits = [(text[:i], text[i + 1 :]) for i, sign in enumerate(text) if sign == "="]
+    if not splits:
+        raise _WrongName(f"{option} {text!r} holds no '='", hint=f"Write {option} {metavar}.")
+    fitting = [(a, b) for a, b in splits if a in left and b in right]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        ways = " or ".join(f"{a!r} and {b!r}" for a, b in fitting)
+        raise _WrongName(
+            f"{option} {text!r} can be read in {len(fitting)} ways: {ways}",
+            hint="Call inspector.compare.compare_models from Python, where both names stand apart.",
+        )
+    if len(splits) == 1:
+        _known(option, splits[0][0], left, whose_left)
+        _known(option, splits[0][1], right, whose_right)
+    # With one side right, the other is the slip.
+    for a, b in splits:
+        if a in left:
+            hint = f"For {a} = … {_nearest(b, right)}"
+            break
+        if b in right:
+            hint = f"For … = {b} {_nearest(a, left)}"
+            break
+    else:
+        hint = f"Write {option} {metavar} with names of these models."
+    raise _WrongName(
+        f"{option} {text!r} names no {whose_left} and {whose_right}, at whichever '=' it is split",
+        hint=hint,
+    )
+
+
+def _pins(
+    pins: Sequence[str], refused: Sequence[str], float_model: Model, quantized_model: Model
+) -> tuple[Pin, ...]:
+    """What --pin and --refuse say, one record per float tensor."""
+    from inspector.comparison import Pin
+
+    if not pins and not refused:
+        return ()
+    left, right = _tensor_names(float_model), _tensor_names(quantized_model)
+    found: dict[str, str | None] = {}
+    given: list[tuple[str, str | None]] = [
+        _split_pair("--pin", text, _PIN, left, right) for text in pins
+    ]
+    given += [(_known("--refuse", name, left, _PIN[1]), None) for name in refused]
+    for name, partner in given:
+        if found.setdefault(name, partner) != partner:
+            options = "--pin and --refuse" if None in (found[name], partner) else "--pin"
+            raise _WrongName(
+                f"{options} say two things about {name!r}",
+                hint=f"Give {name!r} one partner, or refuse it.",
+            )
+    return tuple(Pin(float_name=a, quantized_name=b) for a, b in found.items())
+
+
+def _states(states: Sequence[str], model: Model) -> tuple[tuple[str, str], ...]:
+    """What --state says, as (output, input) of the float model."""
+    outputs, inputs = [o.name for o in model.outputs], [i.name for i in model.inputs]
+    return tuple(_split_pair("--state", text, _STATE, outputs, inputs) for text in states)
+
+
 def _report(
     comparison: Comparison, *, json_file: str | None, csv_file: str | None, top: int
 ) -> None:
@@ -365,6 +479,39 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
 @click.option(
     "--simulated", is_flag=True, help="--fail-under judges outputs with optimisations off."
 )
+@click.option(
+    "--mask",
+    default="",
+    metavar="INPUT",
+    help="Positions where this input is 0 are padding and do not count.",
+)
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    metavar="OUTPUT=INPUT",
+    help="Feed this output back into this input from sample to sample (repeat).",
+)
+@click.option(
+    "--provider",
+    metavar="NAME",
+    default="CPUExecutionProvider",
+    show_default=True,
+    help="ONNX Runtime's execution provider of the deployed run.",
+)
+@click.option(
+    "--actual", metavar="DIR", help="Tensors dumped from a device, to put beside these figures."
+)
+@click.option(
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="FLOAT=QUANTIZED",
+    help="Compare these two tensors, whatever the rules say (repeat).",
+)
+@click.option(
+    "--refuse", multiple=True, metavar="FLOAT", help="This float tensor has no partner (repeat)."
+)
 def compare(
     float_model: str,
     quantized_model: str,
@@ -373,6 +520,12 @@ def compare(
     top: int,
     fail_under: float | None,
     simulated: bool,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    actual: str | None,
+    pins: tuple[str, ...],
+    refuse: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Where a quantized model departs from its float model, tensor by tensor."""
@@ -385,18 +538,33 @@ def compare(
     if not (options["inputs"] or options["random"]):
         raise click.UsageError("give --inputs PATH, or --random N where there is no data")
     from inspector.compare import compare_models
+    from inspector.devices import load_dump
     from inspector.feeds import split_calibration
-    from inspector.model import load_model
+    from inspector.model_files import load_model
     from inspector.render import find_headline
 
-    _keep_inputs([float_model, quantized_model], [json_file, csv_file])
-    reference, actual = load_model(float_model), load_model(quantized_model)
+    _keep_inputs([float_model, quantized_model, actual], [json_file, csv_file])
+    reference, quantized = load_model(float_model), load_model(quantized_model)
+    carried = _states(states, reference)
+    matched = _pins(pins, refuse, reference, quantized)
     feeds = _load_feeds(options, reference)
     assert feeds is not None
     calibration = _load_calibration(options, reference)
     seen = None if calibration is None else split_calibration(feeds, calibration).seen
+    dump = None if actual is None else load_dump(Path(actual), feeds.names)
     with _progress("comparing") as progress:
-        comparison = compare_models(reference, actual, feeds, seen=seen, progress=progress)
+        comparison = compare_models(
+            reference,
+            quantized,
+            feeds,
+            seen=seen,
+            pins=matched,
+            mask=mask,
+            states=carried,
+            provider=provider,
+            actual=dump,
+            progress=progress,
+        )
     comparison = _with_paths(comparison, float_model, quantized_model)
     _report(comparison, json_file=json_file, csv_file=csv_file, top=top)
     failures = (
@@ -415,7 +583,7 @@ def compare(
 
 def _read_recipe_file(path: str, float_model: Model) -> QuantConfig:
     """The recipe in a JSON file (alone, or the "recipe" of a list), or read back from a model."""
-    from inspector.model import load_model
+    from inspector.model_files import load_model
     from inspector.recipe import QuantConfig, read_recipe
 
     hint = "Name a recipe (JSON), an exclusion list that holds one, or a quantized model."
@@ -554,9 +722,10 @@ def quantize(
         write_exclusions,
     )
     from inspector.feeds import split_calibration
-    from inspector.model import load_model
+    from inspector.model_files import load_model
     from inspector.prepare import prepare
     from inspector.quantize import quantize_model
+    from inspector.render import LONGEST_WORD, printable, shorten_name
     from inspector.store import Workspace, default_root
 
     paths = [x for x in exclude if x.lower().endswith(".json")]
@@ -613,9 +782,10 @@ def quantize(
         )
         write_exclusions(saved, Path(save_exclusions))
     if json_file != "-":
-        _print(f"wrote {output}")
+        _print(printable(f"wrote {output}"))
         for effect in effect_of(resolved.prepared_names, prepared.model, quantized, None):
-            _print("\n    ".join((f"  {effect.name}: {effect.status}", *effect.details)))
+            lines = (f"  {shorten_name(effect.name, 80)}: {effect.status}", *effect.details)
+            _print("\n    ".join(printable(line, LONGEST_WORD) for line in lines))
     if comparison is None:
         for note in notes:
             _say("warning", note)
@@ -644,7 +814,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("error", error.format_message())
         context = getattr(error, "ctx", None)
         command = "quant-inspector" if context is None else context.command_path
-        _say("hint", f"Run `{command} --help` for what it takes.")
+        general = f"Run `{command} --help` for what it takes."
+        _say("hint", error.hint if isinstance(error, _WrongName) else general)
         return USER_ERROR
     except InspectorError as error:
         _say("error", error.message)

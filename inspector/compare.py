@@ -1,69 +1,127 @@
 """Float against quantized: every matched weight, activation and output, streamed over the feeds.
 
-Activations never outlive their sample: only sums are kept.
+Activations never outlive their sample: only sums are kept (`watches`). Nothing is left out
+silently: what no figure speaks of is in `Comparison.unmatched`, `skipped` or `not_observed`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from inspector.batches import BatchSide, batch_warnings, measure_batch
 from inspector.comparison import (
     ActivationError,
+    BatchEffect,
     Comparison,
+    DeviceError,
     Latency,
+    MatchCounts,
     ModelFile,
     OutputError,
-    SliceError,
-    Task,
+    Pin,
+    Skipped,
     Unmatched,
     WeightError,
 )
-from inspector.errors import ModelError
+from inspector.content import ELEMENTS, Summary
+from inspector.devices import DeviceWatch, Dump, fitted, match_names
+from inspector.errors import ModelError, RunError
 from inspector.feeds import Feeds
+from inspector.folding import DQ, Q, constant_value
+from inspector.kernels import find_transformer
 from inspector.matching import (
-    ActivationPair,
     Matching,
-    WeightPair,
-    activation_channel_axis,
+    Observed,
     match_tensors,
-    rectify,
+    to_observe,
 )
-from inspector.metrics import ErrorTotals, decibels, merge_totals, powers, worst_and_median
-from inspector.model import FLOAT_DTYPES, Model
+from inspector.metrics import ErrorTotals, worst_and_median
+from inspector.model import FLOAT_DTYPES, Model, Node
+from inspector.nonfinite import NonFiniteTrace, has_nonfinite, nonfinite_warning
+from inspector.padding import Padding
+from inspector.pairs import PairRunner, feed_for_quantized
 from inspector.qparams import QParams
-from inspector.runtime import Feed, Progress, Session, no_progress, open_session
-from inspector.scheme import COMPUTES_IN_INTEGERS, quant_formats, stored_values
-from inspector.stats import saturated_counts
+from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
+from inspector.scheme import COMPUTES_IN_INTEGERS, QuantFormat, quant_formats, stored_values
+from inspector.states import Carried, States, check_states, likely_states
+from inspector.structure import permutation_of
 from inspector.timing import measure_latency as time_sessions
+from inspector.watches import (
+    DIFFERENT_STEPS,
+    OutputWatch,
+    TaskWatch,
+    TensorWatch,
+    plain,
+    real_values,
+    scale_and_zero_point,
+)
+from inspector.weights import WeightPair
+
+__all__ = [
+    "PairRunner",
+    "check_pair",
+    "compare_models",
+    "compare_weights",
+    "feed_for_quantized",
+    "model_file",
+    "plain",
+]
+
+# Samples whose values are looked at to find partners by content: as few as give each tensor so
+# many elements, and at most so many.
+OBSERVED_ELEMENTS = 4096
+OBSERVED_SAMPLES = 3
+# A weight below the first, in dB, is suspected to hold a factor where what its node computes is
+# better than it by the second.
+BROKEN_DB = 10.0
+HEALTHIER_DB = 15.0
+# Nodes between a graph output and the tensor that it stands for.
+_CHAIN = 8
 
 # -- weights -----------------------------------------------------------------------------------
 
 
-def plain(values: NDArray[Any]) -> Any:
-    """One Python number, or a tuple of them, as records hold scales and zero points."""
-    return values.item() if values.ndim == 0 or values.size == 1 else tuple(values.ravel().tolist())
+def _stored(
+    pair: WeightPair, quantized_model: Model
+) -> tuple[NDArray[Any] | None, str, int | None]:
+    """What the quantized model holds in a weight's place, its type and the axis of its scales."""
+    if pair.quantized is None:
+        bodies = (b for b in quantized_model.bodies if b.path == pair.scope)
+        graph = next(bodies, None) if pair.scope else quantized_model
+        actual = None if graph is None else constant_value(graph, pair.quantized_name)
+        return actual, "" if actual is None else str(actual.dtype.name), None
+    qparams = pair.quantized.qparams
+    return stored_values(quantized_model, pair.quantized), qparams.dtype, qparams.axis
 
 
-def _scale_and_zero_point(qparams: QParams | None) -> tuple[Any, Any]:
-    return (None, None) if qparams is None else (plain(qparams.scale), plain(qparams.zero_point))
+def _worst_copy(pair: WeightPair, quantized_model: Model) -> WeightError | Unmatched:
+    """A weight's record: of the worst copy, where the quantized model stores several."""
+    found = [_weight_error(own, quantized_model) for own in (pair, *pair.copies)]
+    if len(found) == 1:
+        return found[0]
+    errors = [f for f in found if isinstance(f, WeightError)]
+    lost = [f.reason for f in found if isinstance(f, Unmatched)]
+    if not errors:
+        return found[0]
+    worst = min(errors, key=lambda e: -np.inf if np.isnan(e.sqnr_db) else e.sqnr_db)
+    notes = [
+        f"also stored as {e.quantized_name} for {e.node}: "
+        + ("exact" if e.sqnr_db == np.inf else f"{e.sqnr_db:.1f} dB")
+        for e in errors
+        if e is not worst
+    ]
+    return replace(worst, note="; ".join(n for n in (worst.note, *notes, *lost) if n))
 
 
 def _weight_error(pair: WeightPair, quantized_model: Model) -> WeightError | Unmatched:
     reference = pair.reference()
-    if pair.quantized is None:
-        actual = quantized_model.constant(pair.quantized_name)
-        dtype, axis, qparams = str(reference.dtype.name), None, None
-        if actual is not None:
-            dtype = str(actual.dtype.name)
-    else:
-        qparams = pair.quantized.qparams
-        actual = stored_values(quantized_model, pair.quantized)
-        dtype, axis = qparams.dtype, qparams.axis
+    actual, dtype, axis = _stored(pair, quantized_model)
+    qparams = pair.quantized.qparams if pair.quantized is not None else None
     if actual is None:
         reason = f"the values of {pair.quantized_name} cannot be read"
         return Unmatched(name=pair.name, kind=pair.kind, model="float", reason=reason)
@@ -78,7 +136,7 @@ def _weight_error(pair: WeightPair, quantized_model: Model) -> WeightError | Unm
     if channel_axis is not None and reference.size:
         others = tuple(a for a in range(reference.ndim) if a != channel_axis)
         absmax = tuple(np.abs(reference.astype(np.float64)).max(axis=others).tolist())
-    scale, zero_point = _scale_and_zero_point(qparams)
+    scale, zero_point = scale_and_zero_point(qparams)
     return WeightError(
         name=pair.name,
         node=pair.node.name,
@@ -101,7 +159,10 @@ def _weight_error(pair: WeightPair, quantized_model: Model) -> WeightError | Unm
         mse=totals.mse,
         cosine_similarity=totals.cosine_similarity,
         matched_by=pair.matched_by,
-        note=pair.note,
+        note="; ".join(
+            n for n in (pair.note, pair.quantized.note if pair.quantized is not None else "") if n
+        ),
+        scope=pair.scope,
     )
 
 
@@ -109,240 +170,99 @@ def compare_weights(
     matching: Matching, quantized_model: Model
 ) -> tuple[tuple[WeightError, ...], tuple[Unmatched, ...]]:
     """Every matched weight and bias, and those that could not be compared after all."""
-    found = [_weight_error(pair, quantized_model) for pair in matching.weights]
+    found = [_worst_copy(pair, quantized_model) for pair in matching.weights]
     return (
         tuple(w for w in found if isinstance(w, WeightError)),
         tuple(w for w in found if isinstance(w, Unmatched)),
     )
 
 
-# -- activations -------------------------------------------------------------------------------
+def _explained(
+    weights: Sequence[WeightError],
+    matching: Matching,
+    float_model: Model,
+    quantized_model: Model,
+    activations: Mapping[str, float],
+) -> tuple[WeightError, ...]:
+    """Weights that look broken and are multiples of the float ones, with a note that says so.
 
-
-class _Watch:
-    """The running sums of one activation pair."""
-
-    def __init__(self, pair: ActivationPair, float_model: Model) -> None:
-        self.pair = pair
-        self.model = float_model
-        self.accumulated: ErrorTotals | None = None
-        self.local = np.zeros(2)
-        self.low: NDArray[np.float64] | None = None
-        self.high: NDArray[np.float64] | None = None
-        self.saturated = np.zeros(2, np.int64)
-        self.count = 0
-        self.shape: tuple[int, ...] = ()
-        self.axis: int | None = None
-        self.parts: list[tuple[str, int, int]] | None = None
-        self.ragged = False
-        self.broken = ""
-
-    def add(
-        self,
-        reference: NDArray[Any],
-        before: NDArray[Any] | None,
-        after: NDArray[Any],
-        float_values: Mapping[str, NDArray[Any]],
-    ) -> None:
-        if self.broken:
-            return
-        qparams = self.pair.qparams
-        if self.pair.integers and qparams is not None:
-            after = qparams.dequantize(after)
-        if reference.shape != after.shape:
-            self.broken = f"shapes differ: float {reference.shape}, quantized {after.shape}"
-            return
-        if self.accumulated is None:
-            self.shape = tuple(reference.shape)
-            self.axis = activation_channel_axis(self.model, self.pair.name, reference.ndim)
-            self.parts = self._parts(float_values)
-        axis = self.axis
-        if axis is not None and reference.shape[axis] != self.shape[axis]:
-            self.ragged = True
-        reference = np.asarray(reference, np.float64)
-        after = np.asarray(after, np.float64)
-        totals = ErrorTotals.of(reference, after, None if self.ragged else axis)
-        self.accumulated = totals if self.accumulated is None else self.accumulated.merge(totals)
-        if reference.size:
-            others = tuple(a for a in range(reference.ndim) if a != axis)
-            with np.errstate(invalid="ignore"):
-                low, high = reference.min(axis=others), reference.max(axis=others)
-            if self.ragged or axis is None:
-                low, high = low.min(keepdims=True), high.max(keepdims=True)
-                low, high = low.reshape(-1)[:1], high.reshape(-1)[:1]
-            if self.low is None or self.high is None:
-                self.low, self.high = np.atleast_1d(low), np.atleast_1d(high)
-            elif self.low.shape == np.shape(low):
-                self.low, self.high = np.fmin(self.low, low), np.fmax(self.high, high)
-            else:
-                self.low = np.atleast_1d(min(float(self.low.min()), float(low.min())))
-                self.high = np.atleast_1d(max(float(self.high.max()), float(high.max())))
-        if before is not None and qparams is not None and before.shape == after.shape:
-            real = rectify(before, self.pair.rectifier, self.model)
-            self.local += powers(real, after)
-            self.saturated += saturated_counts(real, qparams)
-            self.count += int(real.size)
-
-    def _parts(self, float_values: Mapping[str, NDArray[Any]]) -> list[tuple[str, int, int]] | None:
-        """Where each input of the Concat that makes this tensor lies along its axis."""
-        node = self.model.producers.get(self.pair.name)
-        if node is None or node.op_type != "Concat" or self.axis is None:
-            return None
-        parts, start = [], 0
-        for name in node.inputs:
-            value = float_values.get(name)
-            shape = value.shape if value is not None else (self.model.info(name).shape or ())
-            size = shape[self.axis] if self.axis < len(shape) else None
-            if not isinstance(size, int):
-                return None
-            parts.append((name, start, start + size))
-            start += size
-        return parts if start == self.shape[self.axis] else None
-
-    def slices(self) -> tuple[SliceError, ...]:
-        totals = self.accumulated
-        if totals is None or not self.parts or self.ragged or self.low is None or self.high is None:
-            return ()
-        if self.parts[-1][2] != totals.signal.size or self.low.size != totals.signal.size:
-            return ()
-        return tuple(
-            SliceError(
-                source=name,
-                start=start,
-                stop=stop,
-                sqnr_db=totals.slice(start, stop).sqnr_db,
-                absmax=float(
-                    max(np.abs(self.low[start:stop]).max(), np.abs(self.high[start:stop]).max())
-                ),
-            )
-            for name, start, stop in self.parts
-            if stop > start
-        )
-
-    def channels(self) -> NDArray[np.float64]:
-        if self.accumulated is None or self.axis is None or self.ragged:
-            return np.array([])
-        return self.accumulated.channel_sqnr_db
-
-    def error(self, output_names: frozenset[str]) -> ActivationError | Unmatched:
-        pair, totals = self.pair, self.accumulated
-        if totals is None or self.broken:
-            reason = self.broken or "no sample reached it"
-            return Unmatched(name=pair.name, kind="activation", model="float", reason=reason)
-        channels = self.channels()
-        worst, median, worst_channel = worst_and_median(channels)
-        scale, zero_point = _scale_and_zero_point(pair.qparams)
-        low = high = math.nan
-        if self.low is not None and self.high is not None:
-            low, high = float(np.min(self.low)), float(np.max(self.high))
-        known = self.low is not None and self.low.size == channels.size
-        share: tuple[float, float] | None = None
-        if self.count:
-            share = (float(self.saturated[0] / self.count), float(self.saturated[1] / self.count))
-        representable = pair.qparams.representable_range() if pair.qparams is not None else None
-        return ActivationError(
-            name=pair.name,
-            node=pair.node.name if pair.node else "",
-            op_type=pair.node.op_type if pair.node else "Input",
-            depth=pair.node.index if pair.node else -1,
-            quantized_name=pair.after,
-            dtype=pair.qparams.dtype if pair.qparams else "float32",
-            shape=self.shape,
-            scale=scale,
-            zero_point=zero_point,
-            local_sqnr_db=decibels(*self.local.tolist()) if share is not None else None,
-            accumulated_sqnr_db=totals.sqnr_db,
-            worst_channel_sqnr_db=worst,
-            median_channel_sqnr_db=median,
-            worst_channel=worst_channel,
-            channel_axis=None if self.ragged else self.axis,
-            channel_sqnr_db=tuple(channels.tolist()),
-            channel_low=tuple(self.low.tolist()) if known and self.low is not None else (),
-            channel_high=tuple(self.high.tolist()) if known and self.high is not None else (),
-            slices=self.slices(),
-            cosine_similarity=totals.cosine_similarity,
-            mse=totals.mse,
-            max_abs_error=totals.max_abs_error,
-            saturated_fraction=None if share is None else share[0] + share[1],
-            saturated_low_fraction=None if share is None else share[0],
-            saturated_high_fraction=None if share is None else share[1],
-            observed_low=low,
-            observed_high=high,
-            representable_low=None if representable is None else representable[0],
-            representable_high=None if representable is None else representable[1],
-            nonfinite_float=totals.nonfinite_reference,
-            nonfinite_quantized=totals.nonfinite_actual,
-            is_output=pair.name in output_names,
-            matched_by=pair.matched_by,
-            note=pair.note,
-        )
-
-
-class PairRunner:
-    """Both models, opened so that one feed gives the tensors of every pair.
-
-    Holds no activation: each call returns those of one feed.
+    Args:
+        weights: all records.
+        matching: of the two models.
+        float_model: what holds the nodes.
+        quantized_model: what holds the weights.
+        activations: accumulated SQNR by float tensor.
     """
-
-    def __init__(
-        self,
-        float_model: Model,
-        quantized_model: Model,
-        matching: Matching,
-        pairs: Sequence[ActivationPair] | None = None,
-    ) -> None:
-        self.matching = matching
-        wanted = matching.activations if pairs is None else pairs
-        self._float = _debug_session(float_model, [p.name for p in wanted])
-        q_names = [n for p in wanted for n in (p.before, p.after) if n]
-        self._quantized = _debug_session(quantized_model, q_names)
-        self.float_outputs = tuple(matching.outputs)
-        self.pairs = tuple(p for p in wanted if self._observable(p))
-        inputs = {i.name for i in float_model.inputs}
-        self._float_names = [
-            n
-            for n in dict.fromkeys((*(p.name for p in self.pairs), *self.float_outputs))
-            if n not in inputs
-        ]
-        q_inputs = {i.name for i in quantized_model.inputs}
-        self._quantized_names = [
-            n
-            for n in dict.fromkeys(
-                (
-                    *(n for p in self.pairs for n in (p.before, p.after) if n),
-                    *matching.outputs.values(),
-                )
-            )
-            if n not in q_inputs
-        ]
-
-    def _observable(self, pair: ActivationPair) -> bool:
-        """Only floating-point values are compared; shapes and indices are not quantized."""
-        floats = ("tensor(float)", "tensor(float16)", "tensor(double)")
-        dtype = self._float.output_dtypes.get(pair.name)
-        return dtype is None or dtype in floats
-
-    def run(
-        self, feed: Feed, sample: str
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """The float model's and the quantized model's tensors by name, for one feed."""
-        renamed = {self.matching.inputs.get(k, k): v for k, v in feed.items()}
-        reference = dict(feed) | self._float.run(feed, self._float_names, sample=sample)
-        actual = dict(renamed) | self._quantized.run(renamed, self._quantized_names, sample=sample)
-        return reference, actual
+    pairs: dict[tuple[str, str, str, str], WeightPair] = {}
+    for pair in matching.weights:
+        for own in (pair, *pair.copies):
+            pairs[own.name, own.scope, own.quantized_name, own.node.name] = own
+    found = []
+    for weight in weights:
+        own = pairs[weight.name, weight.scope, weight.quantized_name, weight.node]
+        note = ""
+        if weight.sqnr_db < BROKEN_DB:
+            best = max((activations.get(n, -np.inf) for n in _behind(own.node, float_model)),
+                       default=-np.inf)  # fmt: skip
+            folded = bool(best >= weight.sqnr_db + HEALTHIER_DB)
+            note = _factor_note(own, quantized_model, weight.channel_axis, folded)
+        notes = "; ".join(n for n in (weight.note, note) if n)
+        found.append(replace(weight, note=notes) if note else weight)
+    return tuple(found)
 
 
-def _debug_session(model: Model, tensors: Sequence[str]) -> Session:
-    inputs = {i.name for i in model.inputs}
-    names = [t for t in dict.fromkeys(tensors) if t in model.producers and t not in inputs]
-    return open_session(model.with_outputs(names), optimized=False, name=model.name)
+def _behind(node: Node, model: Model) -> list[str]:
+    """The outputs of a node and of the few behind it."""
+    found = dict.fromkeys(o for o in node.outputs if o)
+    for name in found.copy():
+        front = [name]
+        for _ in range(_CHAIN):
+            front = [o for n in front for c in model.consumers.get(n, ()) for o in c.outputs if o]
+            front = [o for o in dict.fromkeys(front) if o not in found]
+            found.update(dict.fromkeys(front))
+    return list(found)
 
 
-# -- the whole ---------------------------------------------------------------------------------
+def _factor_note(pair: WeightPair, quantized_model: Model, axis: int | None, folded: bool) -> str:
+    """Says that a weight is the float one times a factor; "" where it is not.
+
+    Args:
+        pair: of the weight.
+        quantized_model: what holds it.
+        axis: the output-channel axis.
+        folded: what is computed with it is right, so that the factor belongs there.
+    """
+    reference, actual = pair.reference(), _stored(pair, quantized_model)[0]
+    if actual is None or reference.size < 2:
+        return ""
+    reference, actual = reference.astype(np.float64), actual.astype(np.float64)
+    sides: list[int | None] = [None]
+    if axis is not None and 1 < reference.shape[axis] < reference.size:
+        sides.append(axis)
+    for side in sides:
+        others = tuple(a for a in range(reference.ndim) if a != side)
+        power = (reference * reference).sum(axis=others, keepdims=True)
+        gain = (reference * actual).sum(axis=others, keepdims=True) / np.where(power, power, 1.0)
+        after = ErrorTotals.of(reference * gain, actual).sqnr_db
+        if not after >= BROKEN_DB + HEALTHIER_DB or np.any((gain == 0) & (power > 0)):
+            continue
+        if side is None:
+            what = f"{gain.item():.4g} times the float weight"
+            what += ": a factor was folded into it" if folded else ""
+        else:
+            what = f"each channel is the float one times {gain.min():.4g} to {gain.max():.4g}"
+            what += ": factors were folded into it" if folded else ""
+        return f"{what} ({after:.1f} dB after that)"
+    return ""
+
+
+# -- what may be compared ----------------------------------------------------------------------
 
 
 def check_pair(float_model: Model, quantized_model: Model) -> None:
     """Refuses two files that cannot be a float model and its quantized twin.
+
+    Shapes of inputs are judged once it is known which input is which, and in which layout.
 
     Raises:
         ModelError: the same file twice, the two swapped, or a float side that is quantized.
@@ -368,15 +288,25 @@ def check_pair(float_model: Model, quantized_model: Model) -> None:
             f"{len(quantized_model.inputs)} ({', '.join(i.name for i in quantized_model.inputs)})",
             hint="Load the float model that this quantized model was made from.",
         )
-    for info, twin in zip(float_model.inputs, quantized_model.inputs, strict=True):
+
+
+def _check_inputs(float_model: Model, quantized_model: Model, matching: Matching) -> None:
+    """Refuses inputs of different shapes; another layout is no difference.
+
+    Raises:
+        ModelError: naming the input.
+    """
+    for info in float_model.inputs:
+        twin = quantized_model.info(matching.inputs.get(info.name, info.name))
         if info.shape is None or twin.shape is None:
             continue
-        both = [
-            (a, b)
-            for a, b in zip(info.shape, twin.shape, strict=False)
-            if isinstance(a, int) and isinstance(b, int)
-        ]
-        if len(info.shape) != len(twin.shape) or any(a != b for a, b in both):
+        conversion = matching.conversions.get(info.name)
+        order = conversion.permutation if conversion is not None else None
+        shape = info.shape if order is None else tuple(info.shape[a] for a in order)
+        if len(shape) != len(twin.shape) or any(
+            isinstance(a, int) and isinstance(b, int) and a != b
+            for a, b in zip(shape, twin.shape, strict=True)
+        ):
             raise ModelError(
                 f"input {info.name}: {float_model.name} takes {list(info.shape)}, "
                 f"{quantized_model.name} takes {list(twin.shape)}",
@@ -384,9 +314,7 @@ def check_pair(float_model: Model, quantized_model: Model) -> None:
             )
 
 
-def _check_related(
-    float_model: Model, quantized_model: Model, weights: Sequence[WeightError]
-) -> None:
+def _check_related(float_model: Model, quantized_model: Model, matching: Matching) -> None:
     weighted = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1)}
     names = {
         node.inputs[at]
@@ -396,7 +324,7 @@ def _check_related(
         and node.inputs[at] in float_model.constant_names
         and float_model.info(node.inputs[at]).dtype in (*FLOAT_DTYPES, "unknown")
     }
-    matched = names & {w.name for w in weights}
+    matched = names & {w.name for w in matching.weights}
     if names and len(matched) * 2 < len(names):
         raise ModelError(
             f"only {len(matched)} of {len(names)} weights of {float_model.name} have a partner in "
@@ -423,106 +351,6 @@ def _seen_label(seen: Sequence[bool] | None) -> str:
     return "mixed" if any(seen) else "unseen"
 
 
-class _OutputWatch:
-    def __init__(self, name: str, watch: _Watch | None, output_step: float | None) -> None:
-        self.name = name
-        self.watch = watch
-        self.output_step = output_step
-        self.simulated: list[ErrorTotals] = []
-        self.deployed: list[ErrorTotals] = []
-        self.differs = False
-
-    def add(
-        self,
-        reference: NDArray[Any],
-        simulated: NDArray[Any],
-        deployed_reference: NDArray[Any],
-        deployed: NDArray[Any],
-    ) -> None:
-        self.simulated.append(ErrorTotals.of(reference, simulated))
-        self.deployed.append(ErrorTotals.of(deployed_reference, deployed))
-        if simulated.size and self.output_step is not None:
-            with np.errstate(invalid="ignore"):
-                apart = np.abs(simulated.astype(np.float64) - deployed)
-            self.differs |= bool(np.nanmax(apart) > 3 * self.output_step)
-        if simulated.ndim and simulated.size == simulated.shape[-1] > 1:
-            # One vector per sample: its largest element is the choice.
-            self.differs |= bool(np.argmax(simulated) != np.argmax(deployed))
-
-    def error(self, sample_names: Sequence[str], seen: Sequence[bool] | None) -> OutputError:
-        per_sample = np.array([t.sqnr_db for t in self.simulated])
-        worst_sample, median_sample, at = worst_and_median(per_sample)
-        channels = self.watch.channels() if self.watch is not None else np.array([])
-        worst, median, worst_channel = worst_and_median(channels)
-        totals = merge_totals(self.simulated)
-
-        def pooled(which: bool) -> float | None:
-            if seen is None:
-                return None
-            parts = [t for t, s in zip(self.simulated, seen, strict=True) if s is which]
-            return merge_totals(parts).sqnr_db if parts else None
-
-        return OutputError(
-            name=self.name,
-            sqnr_db=totals.sqnr_db,
-            deployed_sqnr_db=merge_totals(self.deployed).sqnr_db,
-            seen_sqnr_db=pooled(True),
-            unseen_sqnr_db=pooled(False),
-            worst_channel_sqnr_db=worst,
-            median_channel_sqnr_db=median,
-            worst_channel=worst_channel,
-            channel_axis=self.watch.axis if self.watch is not None and channels.size else None,
-            channel_sqnr_db=tuple(channels.tolist()),
-            slices=self.watch.slices() if self.watch is not None else (),
-            median_sample_sqnr_db=median_sample,
-            worst_sample_sqnr_db=worst_sample,
-            worst_sample=sample_names[at] if at is not None else "",
-            per_sample_sqnr_db=tuple(per_sample.tolist()),
-            cosine_similarity=totals.cosine_similarity,
-            max_abs_error=totals.max_abs_error,
-            deployed_differs=self.differs,
-        )
-
-
-class _TaskWatch:
-    """Top-1 of both models against labels, on the first output with enough classes."""
-
-    def __init__(self, labels: Sequence[int]) -> None:
-        self.labels = labels
-        self.output = ""
-        self.right_float = self.right_quantized = self.agree = self.samples = 0
-
-    def add(
-        self, at: int, reference: Mapping[str, NDArray[Any]], actual: Mapping[str, NDArray[Any]]
-    ) -> None:
-        if not self.output:
-            most = max(self.labels)
-            fitting = [
-                n for n, v in reference.items() if v.ndim and v.shape[-1] > max(1, most)
-                and v.size == v.shape[-1]
-            ]  # fmt: skip
-            if not fitting:
-                return
-            self.output = fitting[0]
-        a = int(np.argmax(reference[self.output]))
-        b = int(np.argmax(actual[self.output]))
-        self.samples += 1
-        self.right_float += a == self.labels[at]
-        self.right_quantized += b == self.labels[at]
-        self.agree += a == b
-
-    def task(self) -> Task | None:
-        if not self.samples:
-            return None
-        return Task(
-            output=self.output,
-            samples=self.samples,
-            top1_float=self.right_float / self.samples,
-            top1_quantized=self.right_quantized / self.samples,
-            top1_agreement=self.agree / self.samples,
-        )
-
-
 def _feed_warnings(at: str, feed: Feed) -> list[str]:
     found = []
     for name, value in feed.items():
@@ -535,13 +363,480 @@ def _feed_warnings(at: str, feed: Feed) -> list[str]:
     return found
 
 
+# -- matching by values ------------------------------------------------------------------------
+
+
+def _match(
+    float_model: Model, quantized_model: Model, feeds: Feeds, pins: Sequence[Pin]
+) -> Matching:
+    """Pairs by pins, names and edges; then by values, where tensors without partner are left."""
+    matching = match_tensors(float_model, quantized_model, pins=pins)
+    _check_inputs(float_model, quantized_model, matching)
+    _check_related(float_model, quantized_model, matching)
+    wanted = to_observe(matching)
+    if not all(wanted):
+        return matching
+    sessions = [
+        open_session(model, optimized=False, outputs=names)
+        for model, names in zip((float_model, quantized_model), wanted, strict=True)
+    ]
+    found: tuple[dict[str, Summary], dict[str, Summary]] = ({}, {})
+    some = feeds.subset(range(min(OBSERVED_SAMPLES, len(feeds))))
+    for at, feed in enumerate(some):
+        for session, own, names, summaries in zip(
+            sessions, (feed, feed_for_quantized(matching, feed)), wanted, found, strict=True
+        ):
+            readable = [n for n in names if n in session.output_names]
+            values = session.run(own, readable, sample=some.names[at])
+            for name, value in values.items():
+                if value.dtype.kind not in "fiu":
+                    continue
+                summary = Summary.of(value, ELEMENTS // OBSERVED_SAMPLES)
+                known = summaries.get(name)
+                summaries[name] = summary if known is None else known.merge(summary)
+        if all(s.count >= OBSERVED_ELEMENTS for side in found for s in side.values()):
+            break
+    return match_tensors(
+        float_model,
+        quantized_model,
+        pins=pins,
+        observed=Observed(float_values=found[0], quantized_values=found[1]),
+    )
+
+
+def _counts(
+    matching: Matching, compared: Iterable[str], unmatched: Sequence[Unmatched], integers: set[str]
+) -> MatchCounts:
+    """What became of every float tensor, once it is known which pairs could be compared."""
+    tensors = set(matching.float_tensors) - integers
+    matched = tensors.intersection(compared)
+    fused = {u.name for u in unmatched if u.model == "float" and u.fused_into}
+    fused = (fused & tensors) - matched
+    return MatchCounts(
+        matched=len(matched),
+        fused=len(fused),
+        unmatched=len(tensors) - len(matched) - len(fused),
+        float_tensors=len(tensors),
+    )
+
+
+def _truly_fused(unmatched: Iterable[Unmatched], compared: set[str]) -> tuple[Unmatched, ...]:
+    """A tensor fused into one that is not compared after all is unmatched like it."""
+    return tuple(
+        replace(u, fused_into="", reason=f"{u.reason}, which is not compared")
+        if u.fused_into and u.fused_into not in compared
+        else u
+        for u in unmatched
+    )
+
+
+# -- the whole ---------------------------------------------------------------------------------
+
+
+class _Pass:
+    """Both models opened as simulated and as deployed, and what watches them sample by sample."""
+
+    def __init__(
+        self,
+        float_model: Model,
+        quantized_model: Model,
+        feeds: Feeds,
+        matching: Matching,
+        *,
+        padding: Padding | None,
+        states: States,
+        provider: str,
+        actual: Dump | None,
+    ) -> None:
+        self.float_model, self.quantized_model = float_model, quantized_model
+        self.matching = matching
+        self.padding = padding
+        pairs = {p.before for p in matching.activations} | {p.after for p in matching.activations}
+        # A NaN before a Q without partner would vanish unseen.
+        vanishing = {t.before for t in matching.scheme.tensors if t.kind == "activation"}
+        vanishing |= matching.scheme.activations_at_run_time
+        also = sorted(n for n in vanishing - pairs if n and n in quantized_model.producers)
+        self.runner = PairRunner(float_model, quantized_model, matching, also=also)
+        self.refused: list[Skipped] = []
+        self.deployed = self._deployed(quantized_model, "quantized", provider)
+        self.deployed_float = self._deployed(float_model, "float", provider)
+        self.watches = {p.name: TensorWatch(p, float_model, padding) for p in self.runner.pairs}
+        self.outputs: dict[str, OutputWatch] = {}
+        for name in self.runner.outputs:
+            watch = self.watches.get(name)
+            scale = watch.pair.qparams.scale if watch and watch.pair.qparams else None
+            step = float(np.max(scale)) if scale is not None else None
+            self.outputs[name] = OutputWatch(name, watch, step, padding)
+        self.layouts = {n: self._layout(n, other) for n, other in self.runner.outputs.items()}
+        self.task = TaskWatch(feeds.labels) if feeds.labels else None
+        theirs = [(matching.outputs[o], matching.inputs[i]) for o, i in states]
+        self.own_state, self.own_deployed = Carried(states), Carried(states)
+        self.their_state, self.their_deployed = Carried(theirs), Carried(theirs)
+        self.traces = (
+            NonFiniteTrace(float_model, "float", padding),
+            NonFiniteTrace(quantized_model, "quantized", padding),
+        )
+        self.skipped = [*self.refused] + [
+            Skipped(name=name, kind="output", model="", reason=reason)
+            for name, reason in self.runner.unreadable.items()
+        ]
+        self.skipped += [
+            Skipped(name=name, kind="tensor", model="", reason=reason)
+            for name, reason in self.runner.left_out.items()
+            if name not in self.runner.outputs and name in self.runner.not_floating
+            and name in matching.float_tensors
+        ]  # fmt: skip
+        # Outputs that cannot be compared on some sample, with the reason: no figure leaves it out.
+        self.unusable: dict[str, str] = {}
+        self.first: tuple[Feed, Feed] | None = None
+        # The sample on which deployed outputs are furthest from the simulated ones.
+        self.furthest = 0.0
+        self.furthest_feed: Feed = {}
+        self.furthest_simulated: dict[str, NDArray[Any]] = {}
+        self.furthest_rows = 1
+        self.furthest_mask: NDArray[np.bool_] | None = None
+        self.actual = actual
+        self.devices: dict[str, DeviceWatch] = {}
+        self.warnings: list[str] = []
+        if actual is not None:
+            self._meet(actual)
+
+    def _deployed(self, model: Model, side: str, provider: str) -> Session | None:
+        """A model as deployed; None where the runtime refuses it so, and only so."""
+        try:
+            return open_session(model, optimized=True, provider=provider)
+        except (RunError, ModelError) as error:
+            if provider != CPU:
+                raise
+            reason = f"all figures are of simulated runs: {error}"
+            self.refused.append(
+                Skipped(name="deployed figures", kind="figure", model=side, reason=reason)
+            )
+            return None
+
+    def _meet(self, dump: Dump) -> None:
+        """Which tensor each key of the dump is; the quantized model's names come first."""
+        integers = {t.after: t.quantized for t in self.matching.scheme.tensors if t.after}
+        names: dict[str, str] = {}
+        for watch in self.watches.values():
+            pair = watch.pair
+            output = self.matching.outputs.get(pair.name, "")
+            for name in (pair.after, output, integers.get(pair.after, "")):
+                if name:
+                    names.setdefault(name, pair.name)
+        for pair_name in self.watches:
+            names.setdefault(pair_name, pair_name)
+        met = match_names(dump, list(names))
+        self.warnings += [*dump.notes, *met.notes]
+        self.skipped += met.unknown
+        for tensor, key in met.found.items():
+            name = names[tensor]
+            if name not in self.devices:
+                self.devices[name] = DeviceWatch(name, self.watches[name].pair.after, key)
+
+    def learn(self, feeds: Feeds) -> None:
+        """Shows the padding which axes follow the mask."""
+        if self.padding is None:
+            return
+        masks = [self.padding.mask_of(f, feeds.names[at]) for at, f in enumerate(feeds)]
+        for at in self.padding.telling(masks):
+            values, _ = self.runner.run(feeds[at], feeds.names[at])
+            self.padding.learn(masks[at], values)
+
+    def sample(self, at: int, feed: Feed, name: str, rows: int) -> None:
+        """Runs everything on one sample and lets go of its tensors."""
+        if self.padding is not None:
+            self.padding.use(self.padding.mask_of(feed, name))
+        theirs = feed_for_quantized(self.matching, feed)
+        own_feed = self.own_state.into(feed, name)
+        their_feed = self.their_state.into(theirs, name)
+        self.warnings += _feed_warnings(name, feed)
+        reference, actual = self.runner.run(own_feed, name, their_feed)
+        # What may be bad, by model.
+        suspects: tuple[set[str], set[str]] = (set(self.runner.also[0]), set(self.runner.also[1]))
+        for pair in self.runner.pairs:
+            if pair.name in reference and pair.after in actual:
+                before = actual.get(pair.before) if pair.before else None
+                ours, others = self.watches[pair.name].add(
+                    reference[pair.name], before, actual[pair.after], reference
+                )
+                if ours:
+                    suspects[0].add(pair.name)
+                if others:
+                    suspects[1].update(n for n in (pair.before, pair.after) if n)
+        own_deployed = self.own_deployed.into(feed, name)
+        their_deployed = self.their_deployed.into(theirs, name)
+        if self.first is None:
+            self.first = (own_deployed, their_deployed)
+        shipped_float: dict[str, NDArray[Any]] = {}
+        shipped: dict[str, NDArray[Any]] = {}
+        if self.deployed_float is not None and self.deployed is not None:
+            shipped_float = self.deployed_float.run(own_deployed, sample=name)
+            shipped = self.deployed.run(their_deployed, sample=name)
+        for output, other in self.runner.outputs.items():
+            self._fit(output, reference[output].shape, actual[other].shape)
+        simulated = {n: self.as_float(n, actual[o]) for n, o in self.runner.outputs.items()}
+        deployed = {
+            n: self.as_float(n, shipped[o]) for n, o in self.runner.outputs.items() if o in shipped
+        }
+        furthest = 0.0
+        for output, watch in self.outputs.items():
+            arrays = (reference[output], simulated[output])
+            why = self.unusable.get(output) or _not_comparable(*arrays)
+            if why:
+                self.unusable[output] = why
+                continue
+            steps = watch.add(*arrays, shipped_float.get(output), deployed.get(output), rows=rows)
+            flips = 0
+            if output in deployed:
+                flips = watch.flips_between(simulated[output], deployed[output], rows)
+            totals = watch.simulated[-1]
+            if totals.nonfinite_reference:
+                suspects[0].add(output)
+            if totals.nonfinite_actual:
+                suspects[1].add(self.runner.outputs[output])
+            if steps > DIFFERENT_STEPS or flips:
+                furthest = max(furthest, steps, float(flips > 0))
+        if furthest > self.furthest:
+            self.furthest, self.furthest_feed = furthest, their_deployed
+            self.furthest_simulated, self.furthest_rows = simulated, rows
+            if self.padding is not None:
+                self.furthest_mask = self.padding.mask_of(feed, name)
+        if self.task is not None:
+            self.task.add(rows, {n: reference[n] for n in self.runner.outputs}, simulated)
+        self._devices(at, reference, actual, deployed)
+        for carried, outputs in (
+            (self.own_state, reference), (self.their_state, actual),
+            (self.own_deployed, shipped_float), (self.their_deployed, shipped),
+        ):  # fmt: skip
+            if outputs:
+                carried.keep(outputs)
+        fresh = [
+            trace.count({n: values[n] for n in names if has_nonfinite(values[n])}, name)
+            for trace, values, names in zip(self.traces, (reference, actual), suspects, strict=True)
+        ]
+        del reference, actual
+        if any(fresh):
+            further = [
+                trace.see(ran, name, names) if is_fresh else ()
+                for trace, is_fresh, ran, names in zip(
+                    self.traces, fresh, (own_feed, their_feed), suspects, strict=True
+                )
+            ]
+            if any(further):
+                self.runner.look_at(*further)
+
+    def _layout(self, output: str, other: str) -> tuple[QParams | None, tuple[int, ...] | None]:
+        """How a graph output of the quantized model becomes the float model's.
+
+        Its pair may be a tensor before it: a converter leaves a Transpose at the end.
+        """
+        qparams = next(
+            (t.qparams for t in self.matching.scheme.tensors if t.quantized == other), None
+        )
+        watch = self.watches.get(output)
+        if watch is None:
+            return qparams, None
+        order, tensor = None, other
+        for _ in range(_CHAIN):
+            if tensor == watch.pair.after:
+                return qparams, _then(order, watch.pair.permutation)
+            node = self.quantized_model.producers.get(tensor)
+            if node is None or node.op_type not in ("Transpose", "Identity", "Cast", Q, DQ):
+                break
+            if node.op_type == "Transpose":
+                moved = permutation_of(node, None)
+                if moved is None:
+                    break
+                order = _then(order, tuple(int(a) for a in np.argsort(moved)))
+            tensor = node.inputs[0]
+        return qparams, watch.pair.permutation
+
+    def _fit(self, output: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+        """Where nothing else says how an output is laid out, its shape may: channels moved."""
+        qparams, order = self.layouts[output]
+        if order is not None or ours == theirs or len(ours) != len(theirs) or len(ours) < 3:
+            return
+        rank = len(ours)
+        moves = ((0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1))
+        fitting = [m for m in dict.fromkeys(moves) if tuple(theirs[a] for a in m) == ours]
+        if len(fitting) == 1:
+            self.layouts[output] = (qparams, fitting[0])
+            self.warnings.append(
+                f"output {output} is {list(theirs)} in the quantized model and {list(ours)} in the "
+                f"float model: its axes are taken in the order {fitting[0]}"
+            )
+
+    def as_float(self, output: str, values: NDArray[Any]) -> NDArray[Any]:
+        """An output of the quantized model as real numbers in the float model's layout."""
+        qparams, order = self.layouts[output]
+        if qparams is not None and values.dtype.kind in "iu":
+            values = qparams.dequantize(values)
+        if order is None or len(order) != values.ndim:
+            return values
+        return values.transpose(order)
+
+    def _devices(
+        self,
+        at: int,
+        reference: Mapping[str, NDArray[Any]],
+        actual: Mapping[str, NDArray[Any]],
+        deployed: Mapping[str, NDArray[Any]],
+    ) -> None:
+        if self.actual is None:
+            return
+        keys = {d.device_name for d in self.devices.values()}
+        dumped = self.actual.tensors(at, keys)
+        for name, device in self.devices.items():
+            if device.device_name in dumped and name in reference:
+                watch = self.watches[name]
+                self._add_device(
+                    device,
+                    reference[name],
+                    real_values(watch.pair, actual[watch.pair.after]),
+                    deployed.get(name),
+                    dumped[device.device_name],
+                )
+
+    def _add_device(
+        self,
+        device: DeviceWatch,
+        reference: NDArray[Any],
+        simulated: NDArray[Any],
+        deployed: NDArray[Any] | None,
+        dumped: NDArray[Any],
+    ) -> None:
+        """One sample of one dumped tensor, without padding where its layout is ours."""
+        qparams = self.watches[device.name].qparams
+        fit = fitted(dumped, reference.shape)
+        if self.padding is None or fit is None or simulated.shape != reference.shape:
+            device.add(reference, simulated, deployed, dumped, qparams)
+            return
+        sides = [reference, simulated, fit[0]] + ([] if deployed is None else [deployed])
+        parts = (self.padding.parts(device.name, side) for side in sides)
+        for first, second, third, *fourth in zip(*parts, strict=True):
+            device.add(first, second, fourth[0] if fourth else None, third, qparams)
+
+    def device_records(self) -> tuple[DeviceError, ...]:
+        """One per dumped tensor that could be compared; the others go to `skipped`."""
+        found = []
+        for watch in self.devices.values():
+            record = watch.error()
+            self.warnings += watch.notes
+            if isinstance(record, DeviceError):
+                found.append(record)
+            else:
+                self.skipped.append(record)
+        return tuple(found)
+
+    def latency(self) -> Latency | None:
+        """Both models as deployed, on the first sample."""
+        if self.first is None or self.deployed_float is None or self.deployed is None:
+            return None
+        a, b = time_sessions([self.deployed_float, self.deployed], list(self.first))
+        return Latency(
+            float_seconds=a.median_seconds,
+            quantized_seconds=b.median_seconds,
+            float_spread_seconds=a.spread_seconds,
+            quantized_spread_seconds=b.spread_seconds,
+            runs=a.runs,
+        )
+
+    def causes(self, progress: Progress) -> dict[str, tuple[str, str]]:
+        """The graph transformer and a sentence, by output whose deployed values differ."""
+        names = [n for n, w in self.outputs.items() if w.differs and n not in self.unusable]
+        if not names or not self.furthest_feed:
+            return {}
+        if self.padding is not None and self.furthest_mask is not None:
+            self.padding.use(self.furthest_mask)
+
+        def differs(values: Mapping[str, NDArray[Any]]) -> bool:
+            for name in names:
+                watch, before = self.outputs[name], self.furthest_simulated[name]
+                after = self.as_float(name, values[self.runner.outputs[name]])
+                if watch.steps(watch.apart_by(before, after)) > DIFFERENT_STEPS:
+                    return True
+                if watch.flips_between(before, after, self.furthest_rows):
+                    return True
+            return False
+
+        cause = find_transformer(
+            self.quantized_model,
+            self.furthest_feed,
+            [self.runner.outputs[n] for n in names],
+            differs=differs,
+            progress=progress,
+        )
+        if cause is None:
+            return {}
+        sentence = cause.sentence
+        if cause.transformers:
+            listed = ", ".join(f'"{t}"' for t in cause.transformers[:4])
+            sentence += f": disabled_optimizers=[{listed}] of an InferenceSession avoids it"
+        return dict.fromkeys(names, (cause.name, sentence))
+
+    def batch(
+        self, feeds: Feeds, states: States, mask: str, progress: Progress
+    ) -> BatchEffect | Skipped | None:
+        """Alone against in a batch, where ranges are found at run time."""
+        if QuantFormat.DYNAMIC not in self.matching.scheme.formats:
+            return None
+        if self.deployed_float is None or self.deployed is None:
+            return None  # said where the session was refused
+        if states:
+            reason = "each sample depends on the one before it"
+            return Skipped(name="batch effect", kind="figure", model="", reason=reason)
+        outputs = {n: o for n, o in self.runner.outputs.items() if n not in self.unusable}
+        return measure_batch(
+            BatchSide(
+                session=self.deployed_float, feed_of=dict, outputs={n: n for n in outputs}
+            ),
+            BatchSide(
+                session=self.deployed,
+                feed_of=lambda feed: feed_for_quantized(self.matching, feed),
+                outputs=outputs,
+            ),
+            self.float_model, self.quantized_model, feeds, mask=mask, progress=progress,
+        )  # fmt: skip
+
+
+def _then(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """One order of axes for two that are applied one after the other."""
+    if first is None or second is None:
+        return first or second
+    return tuple(first[axis] for axis in second)
+
+
+def _not_comparable(reference: NDArray[Any], actual: NDArray[Any]) -> str:
+    """Why two arrays of an output have no figures; "" where they have."""
+    if reference.dtype.kind != "f":
+        return f"it holds {_kind(reference)} values, no floating-point ones"
+    if actual.dtype.kind != "f":
+        return f"the quantized model gives {_kind(actual)} values without scale in its place"
+    if reference.shape != actual.shape:
+        return f"shapes differ: float {reference.shape}, quantized {actual.shape}"
+    return ""
+
+
+def _kind(values: NDArray[Any]) -> str:
+    return "string" if values.dtype.kind in "OUS" else str(values.dtype.name)
+
+
+# NaN and infinity are counted and told; numpy need not warn of them as well.
+@np.errstate(invalid="ignore", over="ignore", divide="ignore")
 def compare_models(
     float_model: Model,
     quantized_model: Model,
     feeds: Feeds,
     *,
     seen: Sequence[bool] | None = None,
+    pins: Sequence[Pin] = (),
+    mask: str = "",
+    states: States = (),
+    provider: str = CPU,
+    actual: Dump | None = None,
     measure_latency: bool = True,
+    explain_deployed: bool = True,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Every matched weight, activation and output of two models, over all feeds.
@@ -554,92 +849,105 @@ def compare_models(
         quantized_model: its quantized twin.
         feeds: at least one.
         seen: for each feed whether it was used in calibration; None where that is unknown.
+        pins: matches set by hand; they come before every rule.
+        mask: the input whose zeros mark padding, which every figure then leaves out; "" for none.
+        states: (output, input) pairs of the float model through which each sample gets what the
+            same model (float or quantized, simulated or deployed) gave for the one before.
+        provider: ONNX Runtime's execution provider of the deployed runs.
+        actual: tensors dumped from a device for these feeds.
         measure_latency: time both models, deployed, on the first feed.
+        explain_deployed: where deployed and simulated outputs differ, look for the graph
+            transformer that makes the difference, which opens a few sessions more.
         progress: see `runtime.Progress`.
 
     Raises:
         ModelError: the two files cannot be a float model and its quantized twin.
-        RunError: the runtime refuses a model or a feed.
+        FeedError: `mask` or `states` name no such tensors, or values that do not fit.
+        RunError: the runtime refuses a model, a feed or the execution provider.
     """
     check_pair(float_model, quantized_model)
+    padding = Padding(float_model, mask) if mask else None
+    check_states(states, float_model)
     progress(0.0, "matching tensors")
-    matching = match_tensors(float_model, quantized_model)
+    matching = _match(float_model, quantized_model, feeds, pins)
+    progress(0.03, "opening sessions")
+    # The runtime judges the graphs before any of their numbers are computed with.
+    run = _Pass(
+        float_model, quantized_model, feeds, matching,
+        padding=padding, states=states, provider=provider, actual=actual,
+    )  # fmt: skip
+    progress(0.06, "comparing weights")
     weights, lost_weights = compare_weights(matching, quantized_model)
-    _check_related(float_model, quantized_model, weights)
-    progress(0.05, "opening sessions")
-    runner = PairRunner(float_model, quantized_model, matching)
-    deployed = open_session(quantized_model, optimized=True)
-    deployed_float = open_session(float_model, optimized=True)
-    watches = {p.name: _Watch(p, float_model) for p in runner.pairs}
-    outputs = {}
-    for name in matching.outputs:
-        watch = watches.get(name)
-        scale = watch.pair.qparams.scale if watch and watch.pair.qparams else None
-        step = float(np.max(scale)) if scale is not None else None
-        outputs[name] = _OutputWatch(name, watch, step)
-    task = _TaskWatch(feeds.labels) if feeds.labels else None
+    run.learn(feeds)
     warnings = [*float_model.notes, *matching.notes, *feeds.notes]
-    skipped_outputs: set[str] = set()
-    first: Feed | None = None
-    for at, feed in enumerate(feeds):
-        sample = feeds.names[at]
-        progress(0.1 + 0.8 * at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
-        first = feed if first is None else first
-        warnings += _feed_warnings(sample, feed)
-        reference, actual = runner.run(feed, sample)
-        for pair in runner.pairs:
-            if pair.name in reference and pair.after in actual:
-                before = actual.get(pair.before) if pair.before else None
-                watches[pair.name].add(reference[pair.name], before, actual[pair.after], reference)
-        renamed = {matching.inputs.get(k, k): v for k, v in feed.items()}
-        shipped = deployed.run(renamed, sample=sample)
-        shipped_float = deployed_float.run(feed, sample=sample)
-        for name, other in matching.outputs.items():
-            pair_of = (reference[name], actual[other])
-            if not _comparable(*pair_of):
-                skipped_outputs.add(name)
-                continue
-            outputs[name].add(*pair_of, shipped_float[name], shipped[other])
-        if task is not None:
-            task.add(
-                at,
-                {n: reference[n] for n in matching.outputs},
-                {n: actual[o] for n, o in matching.outputs.items()},
-            )
-        del reference, actual
-    latency = None
-    if measure_latency and first is not None:
-        progress(0.92, "timing both models")
-        renamed = {matching.inputs.get(k, k): v for k, v in first.items()}
-        a, b = time_sessions([deployed_float, deployed], [first, renamed])
-        latency = Latency(
-            float_seconds=a.median_seconds,
-            quantized_seconds=b.median_seconds,
-            float_spread_seconds=a.spread_seconds,
-            quantized_spread_seconds=b.spread_seconds,
-            runs=a.runs,
-        )
-    output_names = frozenset(o.name for o in float_model.outputs)
-    results = [w.error(output_names) for w in watches.values()]
-    activations = tuple(r for r in results if isinstance(r, ActivationError))
-    compared = tuple(o.error(feeds.names, seen) for o in outputs.values() if o.simulated)
-    for name in sorted(skipped_outputs):
-        warnings.append(f"output {name} is not compared: it holds no floating-point values")
+    warnings += [c.note for c in matching.conversions.values() if c.note]
     warnings += [
-        f"output {o.name}: simulated and deployed values differ by more than 3 output steps "
-        "or choose another largest element"
-        for o in compared
-        if o.deployed_differs
+        f"{model.name} holds float16 tensors: each is rounded where it is looked at, while outputs "
+        "are what the runtime gives when nothing else is, which rounds less often"
+        for model, rounded in zip((float_model, quantized_model), run.runner.rounded, strict=True)
+        if rounded
     ]
-    first_bad = next((a for a in activations if a.nonfinite_quantized or a.nonfinite_float), None)
-    if first_bad is not None:
-        who = "the float model" if first_bad.nonfinite_float else "the quantized model"
-        warnings.append(
-            f"tensor {first_bad.name} ({first_bad.op_type}) is the first with NaN or infinite "
-            f"values, in {who}: its figures and those behind it are unknown"
-        )
-    if task is not None and task.task() is None:
+    for at, feed in enumerate(feeds):
+        progress(0.1 + 0.75 * at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
+        run.sample(at, feed, feeds.names[at], feeds.rows[at])
+    latency = None
+    if measure_latency:
+        progress(0.86, "timing both models")
+        latency = run.latency()
+    effect = run.batch(feeds, states, mask, part_of(progress, 0.88, 0.92))
+    causes = {}
+    if explain_deployed and provider == CPU:
+        causes = run.causes(part_of(progress, 0.92, 0.99))
+
+    output_names = frozenset(o.name for o in float_model.outputs)
+    results = [w.error(output_names) for w in run.watches.values()]
+    activations = tuple(r for r in results if isinstance(r, ActivationError))
+    outputs = {
+        n: w.error(feeds.names, seen, cause=causes.get(n, ("", ""))[0])
+        for n, w in run.outputs.items()
+        if n not in run.unusable
+    }
+    device = run.device_records()
+    warnings += run.warnings
+    warnings += [
+        _deployed_warning(run.outputs[name], record, len(feeds), causes.get(name, ("", ""))[1])
+        for name, record in outputs.items()
+        if record.deployed_differs
+    ]
+    if isinstance(effect, BatchEffect):
+        warnings += batch_warnings(effect, {n: w.peak for n, w in run.outputs.items()})
+    found = tuple(trace.records() for trace in run.traces)
+    warnings += [
+        nonfinite_warning(records, who)
+        for records, who in zip(found, ("the float model", "the quantized model"), strict=True)
+        if records
+    ]
+    task = run.task.task() if run.task is not None else None
+    if run.task is not None and task is None:
         warnings.append("labels are given, but no output has as many classes: no top-1 figures")
+    likely = likely_states(float_model) if not states and len(feeds) > 1 else ()
+    if likely:
+        warnings.append(
+            f"{', '.join(f'{output}={given}' for output, given in likely)}: an output that looks "
+            "like the state of an input; each sample takes it from its feed, so errors do not "
+            "build up over time unless it is named as a state"
+        )
+    figures = {a.name: a.accumulated_sqnr_db for a in activations}
+    weights = _explained(weights, matching, float_model, quantized_model, figures)
+    compared = {a.name for a in activations} | {w.name for w in weights}
+    unmatched = _truly_fused(
+        (
+            *matching.unmatched,
+            *lost_weights,
+            *(
+                Unmatched(name=n, kind="activation", model="float", reason=reason)
+                for n, reason in run.runner.left_out.items()
+                if n not in run.runner.not_floating
+            ),
+            *(r for r in results if isinstance(r, Unmatched)),
+        ),
+        compared,
+    )
     progress(1.0, "compared")
     return Comparison(
         float_model=model_file(float_model),
@@ -650,19 +958,52 @@ def compare_models(
         seen=_seen_label(seen),
         weights=weights,
         activations=activations,
-        outputs=compared,
-        unmatched=(
-            *matching.unmatched,
-            *lost_weights,
-            *(r for r in results if isinstance(r, Unmatched)),
-        ),
-        task=task.task() if task is not None else None,
+        outputs=tuple(outputs.values()),
+        unmatched=unmatched,
+        task=task,
         latency=latency,
         warnings=tuple(dict.fromkeys(warnings)),
+        counts=_counts(matching, compared, unmatched, run.runner.not_floating),
+        skipped=tuple(dict.fromkeys((
+            *matching.skipped, *run.skipped, *_unjudged(run.unusable),
+            *_without_figures(matching, padding),
+            *((effect,) if isinstance(effect, Skipped) else ()),
+        ))),
+        not_observed=matching.not_observed,
+        nonfinite=tuple(r for records in found for r in records),
+        provider=provider,
+        mask=mask,
+        states=tuple(states),
+        batch=effect if isinstance(effect, BatchEffect) else None,
+        device=device,
+        pins=tuple(pins),
+    )  # fmt: skip
+
+
+def _unjudged(outputs: Mapping[str, str]) -> Iterable[Skipped]:
+    return (
+        Skipped(name=n, kind="output", model="", reason=reason) for n, reason in outputs.items()
     )
 
 
-def _comparable(reference: NDArray[Any], actual: NDArray[Any]) -> bool:
+def _without_figures(matching: Matching, padding: Padding | None) -> Iterable[Skipped]:
+    for name in sorted(matching.scheme.activations_at_run_time):
+        reason = "its scale is found at run time: no local error and no saturation"
+        yield Skipped(name=name, kind="figure", model="quantized", reason=reason)
+    for name, reason in padding.not_applied.items() if padding is not None else ():
+        yield Skipped(name=name, kind="figure", model="", reason=f"mask not applied: {reason}")
+
+
+def _deployed_warning(watch: OutputWatch, record: OutputError, samples: int, cause: str) -> str:
+    steps = watch.steps(watch.apart)
+    unit = "steps of its scale" if watch.output_step is not None else "of 255 steps of its range"
+    flips = (
+        f", and the largest element changes place {record.deployed_flips} times in {samples} "
+        f"sample{'' if samples == 1 else 's'}"
+        if record.deployed_flips
+        else ""
+    )
     return (
-        reference.dtype.kind == "f" and actual.dtype.kind == "f" and reference.shape == actual.shape
+        f"output {record.name}: simulated and deployed values differ by up to {steps:.3g} {unit}"
+        f"{flips}" + (f"; {cause}" if cause else "")
     )

@@ -58,6 +58,8 @@ class WeightError:
         worst_channel: index of the lowest channel SQNR, None where there are no channels.
         matched_by: "name", "structure" or "content".
         note: what has to be known ("" for nothing), e.g. a folded BatchNormalization.
+        scope: the body of an If, Loop or Scan that holds the quantized model's tensor; "" for the
+            main graph.
     """
 
     name: str
@@ -82,6 +84,7 @@ class WeightError:
     cosine_similarity: float
     matched_by: str
     note: str = ""
+    scope: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +168,11 @@ class OutputError:
         median_sample_sqnr_db, worst_sample_sqnr_db, worst_sample: over samples.
         deployed_differs: simulated and deployed outputs differ by more than three output steps,
             or the largest element changes place.
+        deployed_max_steps: the largest |simulated - deployed| in steps of the output's scale;
+            None where the output has none.
+        deployed_flips: samples on which the largest element changes place.
+        deployed_cause: the graph transformer of ONNX Runtime whose disabling alone removes the
+            difference; "" where none does or it was not searched.
     """
 
     name: str
@@ -185,6 +193,9 @@ class OutputError:
     cosine_similarity: float
     max_abs_error: float
     deployed_differs: bool
+    deployed_max_steps: float | None = None
+    deployed_flips: int = 0
+    deployed_cause: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,12 +207,150 @@ class Unmatched:
         kind: "weight", "bias" or "activation".
         model: "float" or "quantized".
         reason: one clause, e.g. "fused into 485".
+        fused_into: the compared float tensor that this one became a part of, by folding or
+            fusion; "" where there is none, i.e. where it is truly unmatched.
     """
 
     name: str
     kind: str
     model: str
     reason: str
+    fused_into: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pin:
+    """A match set by hand, which every rule gives way to.
+
+    Attributes:
+        float_name: the float model's tensor.
+        quantized_name: the quantized model's; None refuses whatever match the rules find.
+    """
+
+    float_name: str
+    quantized_name: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MatchCounts:
+    """Where the float tensors of the float model's main graph went; the three parts add up.
+
+    Counted are floating-point initializers and Constant outputs, graph inputs and node outputs.
+
+    Attributes:
+        matched: compared with a tensor of the quantized model.
+        fused: became a part of a compared tensor.
+        unmatched: neither; each is in `Comparison.unmatched` with its reason.
+        float_tensors: all of them.
+    """
+
+    matched: int
+    fused: int
+    unmatched: int
+    float_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """Something no figure speaks of, and why.
+
+    Attributes:
+        name: of the node, tensor, output or figure.
+        kind: "node", "tensor", "output" or "figure".
+        model: "float", "quantized" or "" for both.
+        reason: one clause.
+    """
+
+    name: str
+    kind: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NonFinite:
+    """A tensor in which a model gave NaN or infinity.
+
+    Attributes:
+        tensor: the tensor's name in its own model.
+        node: the node that computes it; "" for a graph input.
+        op_type: that node's ("Input" for a graph input).
+        model: "float" or "quantized".
+        nan, infinite: elements over all samples.
+        first_sample: the first sample with one.
+        origin: its node's own inputs are finite: here it begins.
+    """
+
+    tensor: str
+    node: str
+    op_type: str
+    model: str
+    nan: int
+    infinite: int
+    first_sample: str
+    origin: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchError:
+    """One output for samples alone against the same samples in one batch; lower is better.
+
+    Attributes:
+        output: the float model's name.
+        float_max_abs_difference, quantized_max_abs_difference: largest |alone - in the batch|
+            over all samples, in the output's own unit.
+        quantized_sqnr_db: of the batch against alone, pooled; higher is better.
+        worst_sample: the sample with the largest difference in the quantized model.
+    """
+
+    output: str
+    float_max_abs_difference: float
+    quantized_max_abs_difference: float
+    quantized_sqnr_db: float
+    worst_sample: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchEffect:
+    """What ranges found at run time make of a sample's company (dynamic quantization).
+
+    Attributes:
+        samples: how many samples share the batch.
+        padded: shorter samples were padded with zeros to the longest.
+        outputs: one record per output whose first axis is the batch.
+    """
+
+    samples: int
+    padded: bool
+    outputs: tuple[BatchError, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceError:
+    """A tensor dumped from a device beside what this machine computes for it.
+
+    Attributes:
+        name: the float model's tensor.
+        quantized_name: the quantized model's.
+        device_name: its key in the dump.
+        samples: how many samples the dump holds it for.
+        quantization_sqnr_db: float against simulated.
+        kernel_sqnr_db: simulated against deployed here; None for a tensor that is no output.
+        device_sqnr_db: deployed here (simulated where `kernel_sqnr_db` is None) against device.
+        total_sqnr_db: float against device.
+        verdict: which of the three steps adds the most noise: "quantization", "kernel" or
+            "device"; "exact" where there is none.
+    """
+
+    name: str
+    quantized_name: str
+    device_name: str
+    samples: int
+    quantization_sqnr_db: float
+    kernel_sqnr_db: float | None
+    device_sqnr_db: float
+    total_sqnr_db: float
+    verdict: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +420,17 @@ class Comparison:
         task: None without labels.
         latency: None where it was not measured.
         warnings: sentences a user should read before trusting a figure.
+        counts: what became of every float tensor.
+        skipped: what no figure speaks of although it was there, with the reason.
+        not_observed: tensors whose values could not be looked at, e.g. inside If and Loop bodies.
+        nonfinite: tensors with NaN or infinity, float model first, in topological order.
+        provider: ONNX Runtime's execution provider of the deployed run.
+        mask: the input that says which positions are padding; "" where none was named.
+        states: (output, input) pairs of the float model through which each sample receives what
+            the same model gave for the one before; () where samples are independent.
+        batch: None where ranges are fixed or samples cannot share a batch.
+        device: tensors dumped from a device; () without a dump.
+        pins: matches set by hand.
     """
 
     float_model: ModelFile
@@ -286,6 +446,16 @@ class Comparison:
     task: Task | None
     latency: Latency | None
     warnings: tuple[str, ...]
+    counts: MatchCounts | None = None
+    skipped: tuple[Skipped, ...] = ()
+    not_observed: tuple[Skipped, ...] = ()
+    nonfinite: tuple[NonFinite, ...] = ()
+    provider: str = "CPUExecutionProvider"
+    mask: str = ""
+    states: tuple[tuple[str, str], ...] = ()
+    batch: BatchEffect | None = None
+    device: tuple[DeviceError, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
 
 def judged_db(record: OutputError | ActivationError | WeightError) -> float:

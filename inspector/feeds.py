@@ -7,84 +7,91 @@ faults show before anything runs. Nothing is unpickled and no file is written.
 
 Where samples come from, in the order in which a folder is searched: ``.npz`` (one sample each,
 keyed by input name), ``.npy`` (one sample each, models with one input), ``test_data_set_*`` or
-``input_*.pb`` (ONNX's own test data), images with a `Preprocess`. A single ``.npz`` or ``.npy``
-holds many samples along its leading axis. ``onnx`` is imported here to parse ``.pb`` tensors only.
+``input_*.pb`` (ONNX's own test data), images with a `Preprocess`, ``texts.txt`` (before images
+where the model takes texts or token ids). A single ``.npz`` or ``.npy`` holds many samples along
+its leading axis. The folder is the user's own: links are followed, but only to regular files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import onnx
-import onnx.numpy_helper
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from inspector.arrays import (
+    CODED_DTYPES,
+    Arrays,
+    Samples,
+    Stamp,
+    StoredArray,
+    convert,
+    counted,
+    fits,
+    is_static,
+    json_text,
+    listed,
+    opened,
+    printable,
+    read_json,
+    readable,
+    shape_text,
+    shown,
+    stamp,
+)
 from inspector.errors import FeedError
 from inspector.images import (
     IMAGE_SUFFIXES,
     PRESETS,
     Preprocess,
-    fits,
     image_losses,
-    is_static,
-    listed,
-    nearest,
     open_image,
-    read_json,
     read_preprocess,
-    readable,
-    shape_text,
 )
 from inspector.model import Model, TensorInfo
-from inspector.random_feeds import Arrays, Samples, integer_limits, random_source
+from inspector.random_feeds import random_source
+from inspector.texts import TOKENIZER, takes_text, text_source
 
-# Largest array read at once, and most samples in one file: a header or a compressed member may
-# claim anything, so it is judged before memory is reserved for it.
-MAX_ARRAY_BYTES = 4 * 2**30
+# Most samples in one file, or files in one folder.
 MAX_SAMPLES = 1_000_000
 # Most calibration samples taken from the inputs when no calibration feeds are named, and the
 # number of inputs below which all of them are taken.
 MAX_DEFAULT_CALIBRATION = 100
 MIN_SPLIT = 8
 
-_PB, _IMAGES = "ONNX test data", "images"
+_PB, _IMAGES, _TEXTS = "ONNX test data", "images", "texts"
 # What a file's suffix says about it.
 _KINDS = {
     ".npz": ".npz",
     ".npy": ".npy",
     ".pb": _PB,
     **dict.fromkeys(IMAGE_SUFFIXES, _IMAGES),
+    ".txt": _TEXTS,
 }
-_EXPECTED = ".npz, .npy, ONNX test data (input_0.pb) or image files"
+_TEXTS_FILE = "texts.txt"
+_EXPECTED = ".npz, .npy, ONNX test data (input_0.pb), image files or texts.txt"
 _COMPANIONS = frozenset({"preprocess.json", "labels.json", "boxes.json"})
 _LABELS_HINT = "Write one class number per sample in sorted file order, e.g. [3, 0, 7]."
 
-# Element types a numpy feed can carry. Others (string, bfloat16, 4-bit …) are refused.
+# Element types that can be fed.
 _DTYPES = frozenset(
-    {"float16", "float32", "float64", "bool"}
+    {"float16", "float32", "float64", "bool", "string", *CODED_DTYPES}
     | {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 )
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def _inputs(model: Model) -> tuple[TensorInfo, ...]:
-    """The inputs a feed must give, all of an element type that numpy can carry."""
+    """The inputs a feed must give, all of an element type that can be fed."""
     if not model.inputs:
         raise FeedError(
             f"{model.name} has no inputs, expected at least one to feed",
@@ -92,204 +99,18 @@ def _inputs(model: Model) -> tuple[TensorInfo, ...]:
         )
     for info in model.inputs:
         if info.dtype not in _DTYPES:
+            found = f"{model.name}: input {info.name!r} has element type {info.dtype}"
+            if info.dtype == "unknown":
+                found = f"{model.name}: input {info.name!r} is no tensor of a known element type"
             raise FeedError(
-                f"{model.name}: input {info.name!r} has element type {info.dtype}, "
-                "expected float, integer or bool",
-                hint="Export the model without this input, e.g. starting behind its tokenizer.",
+                f"{found}, which cannot be fed; expected floating point of 8 to 64 bits, "
+                "integers of 8 to 64 bits, bool or string",
+                hint="Export the model with one of these, e.g. float32 and a Cast behind it.",
             )
     return model.inputs
 
 
-# ---------------------------------------------------------------------------- one converted array
-
-
-def _convert(
-    array: NDArray[Any], info: TensorInfo, where: str, *, rounding: bool = False
-) -> NDArray[Any]:
-    """The array in the input's element type, native byte order and C order.
-
-    float64 to float32 rounds, and to float16 where `rounding` (pixels, which were never more
-    exact); every other conversion must give back the same numbers.
-    """
-    target = np.dtype(info.dtype)
-    with np.errstate(all="ignore"):
-        converted = array.astype(target, order="C", copy=False)
-        if array.dtype == target:
-            return converted
-        if array.dtype.kind == target.kind == "f" and (target.itemsize > 2 or rounding):
-            lost = np.isinf(converted) & np.isfinite(array)
-        else:
-            # Casting out of range is undefined, so a round trip alone proves nothing.
-            lost = converted.astype(array.dtype) != array
-            lost &= ~(np.isnan(array) & np.isnan(converted))
-            lost |= _outside(array, target) | _outside(converted, array.dtype)
-    if lost.any():
-        raise FeedError(
-            f"{where} is {array.dtype.name} and holds {array[lost].flat[0]}, "
-            f"which does not fit the {info.dtype} that the model expects",
-            hint=f"If the change is meant, save array.astype(np.{info.dtype}) instead.",
-        )
-    return converted
-
-
-def _outside(array: NDArray[Any], target: np.dtype[Any]) -> NDArray[np.bool_]:
-    """Where a value lies outside an integer type's range; nowhere for floating point."""
-    if target.kind == "f":
-        return np.zeros(array.shape, np.bool_)
-    low, high = integer_limits(target)
-    if array.dtype.kind == "f":
-        # high + 1 is a power of two, which float64 holds; high itself may round up to it.
-        real = array.astype(np.float64)
-        return np.asarray((real < low) | (real >= float(high + 1)))
-    own_low, own_high = integer_limits(array.dtype)
-    return np.asarray((array < max(low, own_low)) | (array > min(high, own_high)))
-
-
-# -------------------------------------------------------------------------------- arrays in files
-
-
-@dataclass(kw_only=True, slots=True)
-class _Array:
-    """An array in an open file: its header, and its values when asked.
-
-    Attributes:
-        where: file and input, for messages.
-        stream, start: where its bytes are; None for one that is in memory.
-        fortran: its leading axis varies fastest.
-        whole: all of its values, once they had to be read.
-    """
-
-    where: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    stream: IO[bytes] | None = None
-    start: int = 0
-    fortran: bool = False
-    whole: NDArray[Any] | None = None
-
-    def read(self, first: int = 0, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """`shape` values starting with row `first` of the leading axis; all of them by default."""
-        shape = self.shape if shape is None else shape
-        offset, count = first * math.prod(self.shape[1:]), math.prod(shape)
-        with readable(self.where, "an array", _SAVE_AGAIN):
-            if self.fortran and self.whole is None:
-                # Samples are interleaved in this order: no reading one without the others.
-                values = self._values(0, math.prod(self.shape))
-                self.whole = np.ascontiguousarray(values.reshape(self.shape, order="F"))
-            if self.whole is None:
-                return self._values(offset, count).reshape(shape)
-            return self.whole.reshape(-1)[offset : offset + count].reshape(shape).copy()
-
-    def _values(self, offset: int, count: int) -> NDArray[Any]:
-        size = count * self.dtype.itemsize
-        if size > MAX_ARRAY_BYTES:
-            raise FeedError(
-                f"{self.where} claims {size / 2**30:,.1f} GiB, "
-                f"expected at most {MAX_ARRAY_BYTES / 2**30:g} GiB at once",
-                hint="Save smaller samples, one .npz each.",
-            )
-        assert self.stream is not None
-        self.stream.seek(self.start + offset * self.dtype.itemsize)
-        content = self.stream.read(size)
-        if len(content) != size:
-            raise EOFError(f"it ends after {len(content):,} of {size:,} bytes")
-        return np.frombuffer(content, self.dtype).copy()
-
-
-_SAVE_AGAIN = "Save it again with np.savez or np.save."
-
-
-def _npy(stream: IO[bytes], where: str, size: int) -> _Array:
-    major, minor = np.lib.format.read_magic(stream)
-    if major not in (1, 2):
-        raise ValueError(f"its .npy format {major}.{minor} is not for plain numbers")
-    read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
-    shape, fortran, dtype = read_header(stream)
-    start = stream.tell()
-    claimed = math.prod(shape) * dtype.itemsize
-    if not dtype.hasobject and (min(shape, default=0) < 0 or claimed != size - start):
-        raise ValueError(
-            f"its header {shape} {dtype.name} needs {claimed:,} bytes, "
-            f"the file has {size - start:,}"
-        )
-    return _Array(
-        where=where, shape=shape, dtype=dtype, stream=stream, start=start, fortran=fortran
-    )
-
-
-def _proto(path: Path, where: str) -> _Array:
-    tensor = onnx.TensorProto()
-    hint = "Write it with onnx.numpy_helper.from_array(array).SerializeToString()."
-    with readable(where, "an ONNX tensor", hint):
-        size = path.stat().st_size
-        try:
-            tensor.ParseFromString(path.read_bytes())
-        except DecodeError as error:
-            raise ValueError("it is no TensorProto") from error
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise ValueError("its values lie in another file")
-        # Checked before to_array: an empty tensor may claim any number of elements.
-        if math.prod(tensor.dims) > 8 * size:
-            raise ValueError(f"it claims the shape {tuple(tensor.dims)} but is much smaller")
-        try:
-            values = np.asarray(onnx.numpy_helper.to_array(tensor))
-        except TypeError as error:  # no element type: a sequence or optional is no tensor
-            raise ValueError(str(error)) from error
-    return _Array(where=where, shape=values.shape, dtype=values.dtype, whole=values)
-
-
-@contextmanager
-def _opened(
-    files: Sequence[Path], inputs: Sequence[TensorInfo]
-) -> Iterator[list[tuple[TensorInfo, _Array]]]:
-    """Each of the model's inputs with its array in one ``.npz``, one ``.npy`` or some ``.pb``."""
-    path, found = files[0], []
-    with ExitStack() as stack:
-        suffix = path.suffix.lower()
-        if suffix == ".npz":
-            with readable(path.name, "an .npz archive", _SAVE_AGAIN):
-                archive = stack.enter_context(zipfile.ZipFile(path))
-            members = {
-                m.filename.removesuffix(".npy"): m for m in archive.infolist() if not m.is_dir()
-            }
-            _check_keys(list(members), [i.name for i in inputs], path.name)
-        for index, info in enumerate(inputs):
-            where = f"{path.name}: {info.name!r}"
-            if suffix == ".pb":
-                path = files[index]
-                array = _proto(path, f"{path.parent.name}/{path.name}: {info.name!r}")
-            else:
-                with readable(where, "an array", _SAVE_AGAIN):
-                    if suffix == ".npz":
-                        size = members[info.name].file_size
-                        stream = stack.enter_context(archive.open(members[info.name]))
-                    else:
-                        size = path.stat().st_size
-                        stream = stack.enter_context(path.open("rb"))
-                    array = _npy(stream, where, size)
-            if array.dtype.hasobject or array.dtype.kind not in "fiub":
-                what = "text or pickled objects" if array.dtype.hasobject else array.dtype.name
-                raise FeedError(
-                    f"{array.where} holds {what}, expected {info.dtype}",
-                    hint=f"Save it as numbers: np.asarray(array, dtype=np.{info.dtype}); "
-                    "pickles are never opened.",
-                )
-            found.append((info, array))
-        yield found
-
-
-def _check_keys(keys: list[str], names: list[str], shown: str) -> None:
-    # The whole statement, so that following the hint is copying it.
-    call = ", ".join(f"{name!r}: ..." for name in names[:4]) + (", ..." if len(names) > 4 else "")
-    hint = f"Save it with np.savez({shown!r}, **{{{call}}})."
-    unknown = [key for key in keys if key not in names]
-    missing = [name for name in names if name not in keys]
-    if unknown:
-        found = f"has the key {unknown[0]!r}, which is no input of the model"
-        raise FeedError(f"{shown} {found}; nearest: {nearest(unknown[0], names)}", hint=hint)
-    if missing:
-        found = f"lacks the input {missing[0]!r}, found {listed(keys) or 'nothing'}"
-        raise FeedError(f"{shown} {found}, expected {listed(names, most=8)}", hint=hint)
+# ---------------------------------------------------------------------------- samples in an array
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,7 +130,7 @@ class _Slot:
     chosen: bool = False
 
 
-def _slot(array: _Array, info: TensorInfo, *, stacked: bool) -> _Slot:
+def _slot(array: StoredArray, info: TensorInfo, *, stacked: bool) -> _Slot:
     """How an array gives its input's samples.
 
     Stacked, it has a leading sample axis. One axis more than the input has: each row is a sample.
@@ -321,7 +142,7 @@ def _slot(array: _Array, info: TensorInfo, *, stacked: bool) -> _Slot:
     """
     shape = array.shape
     expected = (None,) * len(shape) if info.shape is None else info.shape
-    if shape and shape[0] == 0:
+    if shape and shape[0] == 0 and (stacked or not fits(shape, expected)):
         raise FeedError(
             f"{array.where} holds no samples: its shape is {shape}",
             hint="Save it with at least one sample.",
@@ -366,22 +187,26 @@ class _Files:
 
     Attributes:
         units: the files of each sample; of all of them where `slots` are given.
+        stamps: of these files when they were checked.
         inputs: the model's.
         slots: how the samples lie in one file, by input; None where each unit is one sample.
     """
 
     units: tuple[tuple[Path, ...], ...]
+    stamps: tuple[tuple[Stamp, ...], ...]
     inputs: tuple[TensorInfo, ...]
     slots: tuple[_Slot, ...] | None = None
 
     def samples(self, indices: Sequence[int]) -> Samples:
         with ExitStack() as stack:
-            arrays: list[tuple[TensorInfo, _Array]] = []
+            arrays: list[tuple[TensorInfo, StoredArray]] = []
             for index in indices:
                 if self.slots is None or not arrays:
                     stack.close()
-                    unit = self.units[index if self.slots is None else 0]
-                    arrays = stack.enter_context(_opened(unit, self.inputs))
+                    at = index if self.slots is None else 0
+                    arrays = stack.enter_context(
+                        opened(self.units[at], self.inputs, self.stamps[at])
+                    )
                 feed: Arrays = {}
                 for position, (info, array) in enumerate(arrays):
                     where = array.where
@@ -390,7 +215,7 @@ class _Files:
                     else:
                         slot = self.slots[position]
                         where += f" of sample {index}"
-                    feed[info.name] = _convert(
+                    feed[info.name] = convert(
                         array.read(index * slot.step, slot.shape), info, where
                     )
                 yield feed
@@ -398,20 +223,20 @@ class _Files:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pictures:
-    """One sample per image."""
+    """One sample per image; its files with their stamps."""
 
-    files: tuple[Path, ...]
+    files: tuple[tuple[Path, Stamp], ...]
     info: TensorInfo
     preprocess: Preprocess
 
     def samples(self, indices: Sequence[int]) -> Samples:
         for index in indices:
-            path = self.files[index]
-            array = self.preprocess.apply(open_image(path))
+            path, known = self.files[index]
+            array = self.preprocess.apply(open_image(path, known))
             if len(self.info.shape or ()) == 3:
                 array = array[0]
-            where = f"{path.name}: {self.info.name!r}"
-            yield {self.info.name: _convert(array, self.info, where, rounding=True)}
+            where = f"{shown(path)}: {self.info.name!r}"
+            yield {self.info.name: convert(array, self.info, where, rounding=True)}
 
 
 # ------------------------------------------------------------------------------------------ Feeds
@@ -437,7 +262,8 @@ class Feeds:
         indices: the samples of the source that these are.
         names: sample names: file names, or "sample 0", "sample 1" …
         available, what: how many samples the source has, and that in words.
-        labels: class of each sample; None where there are none.
+        rows: how many rows of a batch each sample holds; 1 where the model has no batch.
+        labels: class of each row of each sample in order; None where there are none.
         notes: what was converted, assumed or ignored, one sentence each.
         random: the samples are seeded noise, not data.
         facts: what is known of the source's samples; shared with every subset, so that a sample
@@ -449,6 +275,7 @@ class Feeds:
     names: tuple[str, ...]
     available: int
     what: str
+    rows: tuple[int, ...]
     labels: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
     random: bool = False
@@ -477,12 +304,20 @@ class Feeds:
 
     def subset(self, indices: Iterable[int]) -> Feeds:
         """The samples with these indices, in this order; repeats are allowed."""
-        indices = list(indices)
+        # Negative ones count from the end.
+        indices = [range(len(self))[i] for i in indices]
+        labels = self.labels
+        if labels is not None:
+            ends = list(accumulate(self.rows))
+            labels = tuple(
+                label for i in indices for label in labels[ends[i] - self.rows[i] : ends[i]]
+            )
         return replace(
             self,
             indices=tuple(self.indices[i] for i in indices),
             names=tuple(self.names[i] for i in indices),
-            labels=self.labels and tuple(self.labels[i] for i in indices),
+            rows=tuple(self.rows[i] for i in indices),
+            labels=labels,
         )
 
     def _known(self) -> Generator[_Facts, None, None]:
@@ -538,8 +373,8 @@ class Feeds:
         """
         if not isinstance(self.source, _Pictures):
             return None
-        path = self.source.files[self.indices[index]]
-        return self.source.preprocess.picture(open_image(path))
+        path, known = self.source.files[self.indices[index]]
+        return self.source.preprocess.picture(open_image(path, known))
 
 
 def _facts_of(feed: Arrays) -> _Facts:
@@ -548,7 +383,14 @@ def _facts_of(feed: Arrays) -> _Facts:
     for name in sorted(feed):
         array = feed[name]
         digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if array.dtype.hasobject:
+            for text in array.reshape(-1).tolist():
+                content = text.encode("utf-8")
+                digest.update(len(content).to_bytes(8, "little") + content)
+        else:
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        if array.dtype.name in CODED_DTYPES:
+            array = array.astype(np.float32)
         if array.dtype.kind == "f":
             count = int(array.size - np.count_nonzero(np.isfinite(array)))
             if count:
@@ -601,36 +443,59 @@ def _load(
     model: Model,
     preprocess: Path | Preprocess | None,
     limit: int | None,
-    kinds: Sequence[str] = (".npz", ".npy", _PB, _IMAGES),
+    kinds: Sequence[str] = (".npz", ".npy", _PB, _IMAGES, _TEXTS),
 ) -> Feeds:
     inputs = _inputs(model)
-    if not path.exists():
-        raise FeedError(f"{path} does not exist", hint="Check the path and its spelling.")
-    folder = path if path.is_dir() else path.parent
-    entries = _entries(folder)
-    kind, units = _found(path, entries, inputs, kinds)
+    try:
+        if not path.exists():
+            raise FeedError(
+                f"{printable(str(path))} does not exist", hint="Check the path and its spelling."
+            )
+        folder = path if path.is_dir() else path.parent
+        entries = _entries(folder)
+        if takes_text(inputs):
+            kinds = sorted(kinds, key=lambda kind: kind == _IMAGES)
+        kind, units = _found(path, entries, inputs, kinds)
+        values = _read_labels(folder / "labels.json")
+    except OSError as error:
+        raise FeedError(
+            f"{printable(str(path))} cannot be looked into: {error.strerror}",
+            hint="Check the path and its permissions.",
+        ) from error
     total, taken = len(units), tuple(units[:limit])
-    names = [unit[0].name for unit in taken]
+    names = [shown(unit[0]) for unit in taken]
     noun, where, conversions = f"{kind} file", "", list[str]()
     source: _Source
+    rows = [1] * total
     if kind == _IMAGES:
         noun = "image"
         source, notes = _pictures(taken, model, folder, preprocess)
+    elif kind == _TEXTS:
+        noun, where = "text", f" in {shown(units[0][0])}"
+        source, names, notes = text_source(units[0][0], model)
+        total, names, rows = len(names), names[:limit], [1] * len(names)
     elif path.is_dir() or kind == _PB:
         if kind == _PB:
             noun = "ONNX test data set"
-            names = [_shown(unit[0].parent) for unit in taken] if path.is_dir() else names
-        source, notes = _Files(units=taken, inputs=inputs), []
-        _, conversions = _slots(taken, inputs, stacked=False)
+            names = [shown(unit[0].parent) for unit in taken] if path.is_dir() else names
+        # Labels of rows can be counted only where every sample is looked at.
+        every = values is not None and len(values) != total
+        checked = _check(units if every else taken, inputs, stacked=False)
+        rows = [_rows(shapes, model) for shapes in checked.shapes]
+        stamps = checked.stamps[: len(taken)]
+        source, notes = _Files(units=taken, stamps=stamps, inputs=inputs), []
+        conversions = checked.conversions
     else:
-        noun, where = "sample", f" in {path.name}"
-        source, total, conversions, notes = _stack(path, inputs)
+        noun, where = "sample", f" in {shown(path)}"
+        source, rows, conversions, notes = _stack(path, model, inputs)
+        total = len(rows)
         names = [f"sample {i}" for i in range(min(total, limit or total))]
     alone = path.is_dir() or all(e == path or e.suffix != path.suffix for e in entries)
-    labels, more = _labels(folder / "labels.json", total, alone=alone)
+    labels, more = _labels(values, total, rows, alone=alone)
+    rows = rows[: len(names)]
     notes = conversions + notes + more
     if path.is_dir():
-        notes += _strays(_shown(path), entries, units, kind)
+        notes += _strays(shown(path), entries, units, kind)
     if preprocess is not None and kind != _IMAGES:
         notes.append(f"preprocessing is for images and is not applied to {kind}")
     feeds = Feeds(
@@ -638,8 +503,9 @@ def _load(
         indices=tuple(range(len(names))),
         names=tuple(names),
         available=total,
-        what=_counted(total, noun) + where,
-        labels=labels and labels[: len(names)],
+        what=counted(total, noun) + where,
+        rows=tuple(rows),
+        labels=labels and labels[: sum(rows)],
     )
     if conversions:
         # Reads every sample, so that a lossy conversion is refused before anything runs.
@@ -653,50 +519,68 @@ def _load(
 
 def _entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted by name."""
-    with readable(_shown(folder), "a folder", "Check the folder's permissions."):
-        return sorted(folder.iterdir(), key=lambda entry: entry.name)
-
-
-def _shown(folder: Path) -> str:
-    return folder.absolute().name or str(folder)
+    entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    if len(entries) > MAX_SAMPLES:
+        raise FeedError(
+            f"{shown(folder)} holds {len(entries):,} files, expected at most {MAX_SAMPLES:,}",
+            hint="Name a folder with the samples to look at.",
+        )
+    return entries
 
 
 def _found(
     path: Path, entries: Sequence[Path], inputs: Sequence[TensorInfo], kinds: Sequence[str]
 ) -> tuple[str, list[tuple[Path, ...]]]:
     """The first of the kinds of feeds in a folder, and the files of each unit; or of one file."""
-    files = [path] if path.is_file() else [e for e in entries if e.is_file()]
+    many = path.is_dir()
+    files = [e for e in (entries if many else [path]) if e.is_file()]
     for kind in kinds:
         units: list[tuple[Path, ...]] = [
             (f,) for f in files if _KINDS.get(f.suffix.lower()) == kind
         ]
-        if kind == _PB and path.is_dir():
+        if kind == _TEXTS and many:
+            units = [unit for unit in units if unit[0].name == _TEXTS_FILE]
+        if kind == _PB and many:
             folders = [e for e in entries if e.is_dir() and e.name.startswith("test_data_set_")]
             if not folders and any(re.fullmatch(r"input_\d+\.pb", f.name) for f in files):
                 folders = [path]
             units = [_test_data(e, inputs) for e in sorted(folders, key=_natural)]
         if units and kind in (".npy", _PB) and len(units[0]) < len(inputs):
             raise FeedError(
-                f"{units[0][0].name} is one array without a name, but the model has "
+                f"{shown(units[0][0])} is one array without a name, but the model has "
                 f"{len(inputs)} inputs: {listed([i.name for i in inputs], most=8)}",
                 hint="Save one .npz per sample, keyed by input name.",
             )
         if units:
             return kind, units
-    for inner in entries if path.is_dir() else ():
-        held = inner.is_dir() and [e for e in _entries(inner) if e.suffix.lower() in _KINDS]
+    for inner in entries if many else ():
+        held = inner.is_dir() and [
+            e for e in _entries(inner) if e.suffix.lower() in _KINDS and e.suffix != ".txt"
+        ]
         if held:
             raise FeedError(
-                f"{_shown(path)} holds no feeds itself; its subfolder {inner.name} has "
-                f"{_counted(len(held), 'file')} that may be feeds",
-                hint=f"Name the subfolder: {inner}",
+                f"{shown(path)} holds no feeds itself; its subfolder {shown(inner)} has "
+                f"{counted(len(held), 'file')} that may be feeds",
+                hint=f"Name the subfolder: {printable(str(inner), 4096)}",
             )
-    wanted = "images" if kinds == (_IMAGES,) else _EXPECTED
-    found = f"holds no feeds: found {listed([e.name for e in entries]) or 'nothing'}"
+    wanted = "images" if tuple(kinds) == (_IMAGES,) else _EXPECTED
+    found = f"holds no feeds: found {_named(entries) or 'nothing'}"
+    if not many:
+        found = "is no feed" if files else "is no regular file"
     raise FeedError(
-        f"{_shown(path)} {found if path.is_dir() else 'is no feed'}, expected {wanted}",
+        f"{shown(path)} {found}, expected {wanted}",
         hint="Unpack archives and name the folder or file that holds the feeds.",
     )
+
+
+def _named(entries: Sequence[Path]) -> str:
+    """The first entries of a folder; those that are no regular files are marked."""
+    names = []
+    for entry in entries[:3]:
+        mark = "/" if entry.is_dir() else "" if entry.is_file() else " (no regular file)"
+        names.append(shown(entry) + mark)
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return ", ".join(names) + more
 
 
 def _test_data(folder: Path, inputs: Sequence[TensorInfo]) -> tuple[Path, ...]:
@@ -705,7 +589,7 @@ def _test_data(folder: Path, inputs: Sequence[TensorInfo]) -> tuple[Path, ...]:
     found = sorted(folder.glob("input_*.pb"), key=_natural)
     if found != wanted:
         raise FeedError(
-            f"{_shown(folder)} has {listed([f.name for f in found], 8) or 'no input_*.pb'}, "
+            f"{shown(folder)} has {listed(map(shown, found), 8) or 'no input_*.pb'}, "
             f"expected {listed([f.name for f in wanted], 8)}: one per input of the model",
             hint=f"Write them in input order: {listed([i.name for i in inputs], most=8)}.",
         )
@@ -714,43 +598,96 @@ def _test_data(folder: Path, inputs: Sequence[TensorInfo]) -> tuple[Path, ...]:
 
 def _natural(path: Path) -> tuple[Any, ...]:
     # test_data_set_10 comes after test_data_set_2.
-    return tuple(int(p) if p.isdigit() else p for p in re.split(r"(\d+)", path.name))
+    return tuple(int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", path.name))
 
 
 def _strays(
     shown: str, entries: Sequence[Path], units: Sequence[Sequence[Path]], kind: str
 ) -> list[str]:
     taken = {part for unit in units for file in unit for part in (file, file.parent)}
+    companions = {*_COMPANIONS, *([TOKENIZER] if kind == _TEXTS else [])}
     stray = [
-        e.name + ("/" if e.is_dir() else "")
+        e
         for e in entries
         if e not in taken
-        and e.name not in _COMPANIONS
+        and e.name not in companions
         and not (kind == _PB and re.fullmatch(r"output_\d+\.pb", e.name))
     ]
     verb = "is" if len(stray) == 1 else "are"
-    return [f"{shown}: {listed(stray)} {verb} not {kind} and {verb} ignored"] if stray else []
+    return [f"{shown}: {_named(stray)} {verb} not {kind} and {verb} ignored"] if stray else []
 
 
-def _labels(path: Path, expected: int, *, alone: bool) -> tuple[tuple[int, ...] | None, list[str]]:
-    """The labels beside the feeds, None where there are none, and notes.
+# --------------------------------------------------------------------------------- rows and labels
 
-    `alone`: False for one file among others; labels of another number are then theirs and no fault.
+
+def _rows(shapes: Mapping[str, tuple[int, ...]], model: Model) -> int:
+    """How many rows of a batch a sample of these shapes holds; 1 where the model has no batch.
+
+    The batch is the leading axis that all inputs share (where some leave theirs open, those) and
+    that an output has too: a picture of shape (3, H, W) is no batch of three.
     """
-    if not path.is_file():
+    ranked = [(i.shape[0] if i.shape else None, shapes[i.name][0]) for i in model.inputs
+              if shapes[i.name]]  # fmt: skip
+    batched = [pair for pair in ranked if not is_static(pair[0])] or ranked
+    sizes = {size for _, size in batched}
+    if len(sizes) != 1:
+        return 1
+    (size,) = sizes
+    own = {dim for dim, _ in batched if isinstance(dim, str)}
+    for output in model.outputs:
+        if output.shape == ():
+            continue
+        dim = output.shape[0] if output.shape else None
+        named = own and isinstance(dim, str)
+        if dim in own if named else (dim == size or not is_static(dim)):
+            return max(size, 1)
+    return 1
+
+
+def _read_labels(path: Path) -> list[Any] | None:
+    return read_json(path, "labels", list, _LABELS_HINT) if path.is_file() else None
+
+
+def _labels(
+    values: Sequence[Any] | None, samples: int, rows: Sequence[int], *, alone: bool
+) -> tuple[tuple[int, ...] | None, list[str]]:
+    """The label of every row, None where there are none, and notes.
+
+    Args:
+        values: the labels beside the feeds, one per sample or one per row.
+        samples: how many there are.
+        rows: of each sample, or of the first where there is a label per sample.
+        alone: False for one file among others; labels of another number are then theirs.
+    """
+    if values is None:
         return None, []
-    values = read_json(path, "labels", list, _LABELS_HINT)
-    if len(values) != expected:
-        count = f"labels.json has {_counted(len(values), 'label')}"
+    per_sample, total = len(values) == samples, sum(rows)
+    if not per_sample and len(values) != total:
+        found = f"labels.json has {counted(len(values), 'label')}"
         if not alone:
-            return None, [f"{count} for {_counted(expected, 'sample')} and is not used"]
-        raise FeedError(f"{count}, expected {expected:,}: one per sample", hint=_LABELS_HINT)
+            return None, [f"{found} for {counted(samples, 'sample')} and is not used"]
+        wanted = f"{samples:,}: one per sample"
+        if total != samples:
+            wanted = f"{samples:,} (one per sample) or {total:,} (one per row)"
+        raise FeedError(f"{found}, expected {wanted}", hint=_LABELS_HINT)
     for index, label in enumerate(values):
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            found = f"{json.dumps(label)} at position {index}"
-            raise FeedError(
-                f"labels.json has {found}, expected an integer of 0 or more", hint=_LABELS_HINT
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 2**31:
+            most = (
+                " and below 2,147,483,648"
+                if label is not True and isinstance(label, int) and label > 0
+                else ""
             )
+            raise FeedError(
+                f"labels.json has {json_text(label)} at position {index}, "
+                f"expected an integer of 0 or more{most}",
+                hint=_LABELS_HINT,
+            )
+    if per_sample and any(count != 1 for count in rows):
+        # Fewer rows than labels where only the first samples are taken.
+        pairs = zip(values, rows, strict=False)
+        return tuple(label for label, count in pairs for _ in range(count)), [
+            "labels.json has one label per sample, which counts for each of its rows"
+        ]
     return tuple(values), []
 
 
@@ -763,7 +700,7 @@ def _pictures(
     beside = folder / "preprocess.json"
     if preprocess is None and not beside.is_file():
         raise FeedError(
-            f"{_shown(folder)} holds images but no preprocess.json, "
+            f"{shown(folder)} holds images but no preprocess.json, "
             "which says how pixels become the model's input",
             hint='Write preprocess.json beside them, e.g. {"preset": "yolo"} '
             f"(presets: {', '.join(PRESETS)}).",
@@ -771,57 +708,96 @@ def _pictures(
     if not isinstance(preprocess, Preprocess):
         preprocess = read_preprocess(preprocess or beside)
     recipe = preprocess.fitted(model)
-    files = tuple(file for (file,) in units)
-    losses = Counter(what for file in files for what in image_losses(file))
+    with readable(shown(folder), "a folder of images", "Load it again."):
+        files = tuple((file, stamp(file)) for (file,) in units)
+    losses = Counter(what for file, _ in files for what in image_losses(file))
     notes = [f"{count:,} of {len(files):,} images {what}" for what, count in losses.items()]
     return _Pictures(files=files, info=model.inputs[0], preprocess=recipe), notes
 
 
-def _slots(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """What the headers of all files say.
+
+    Attributes:
+        stamps: of each unit's files.
+        shapes: by input, of each unit.
+        slots: how the last unit gives the inputs' samples.
+        conversions: what is converted, one sentence each.
+    """
+
+    stamps: tuple[tuple[Stamp, ...], ...]
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    slots: tuple[_Slot, ...]
+    conversions: list[str]
+
+
+def _check(
     units: Sequence[Sequence[Path]], inputs: Sequence[TensorInfo], *, stacked: bool
-) -> tuple[list[_Slot], list[str]]:
-    """How the last unit gives the inputs' samples, all being checked; what is converted."""
+) -> _Checked:
+    """Every file's header, held against the model's inputs."""
     slots: list[_Slot] = []
+    stamps, shapes = [], []
     converted: Counter[tuple[TensorInfo, str]] = Counter()
     for unit in units:
-        with _opened(unit, inputs) as arrays:
+        with readable(shown(unit[0]), "a feed", "Load the feeds again."):
+            stamps.append(tuple(stamp(file) for file in unit))
+        with opened(unit, inputs) as arrays:
             slots = [_slot(array, info, stacked=stacked) for info, array in arrays]
-            converted.update((i, a.dtype.name) for i, a in arrays if a.dtype.name != i.dtype)
+            found = {info.name: array.shape for info, array in arrays}
+            if all(0 in shape for shape in found.values()):
+                raise FeedError(
+                    f"{shown(unit[0])} holds no values, only the empty {listed(map(repr, found))}",
+                    hint="Save it with at least one sample.",
+                )
+            shapes.append(found)
+            converted.update(
+                (i, a.dtype.name)
+                for i, a in arrays
+                if a.dtype.name != i.dtype and i.dtype != "string" and a.dtype.kind != "V"
+            )
     notes = []
-    for (info, found), count in converted.items():
+    for (info, dtype), count in converted.items():
         some = "" if count == len(units) else f" in {count:,} of {len(units):,} files"
-        notes.append(f"input {info.name!r} is {found}{some} and was converted to {info.dtype}")
-    return slots, notes
+        how = "rounded" if info.dtype in CODED_DTYPES and dtype.startswith("float") else "converted"
+        notes.append(f"input {info.name!r} is {dtype}{some} and was {how} to {info.dtype}")
+    return _Checked(
+        stamps=tuple(stamps), shapes=tuple(shapes), slots=tuple(slots), conversions=notes
+    )
 
 
-def _stack(path: Path, inputs: tuple[TensorInfo, ...]) -> tuple[_Files, int, list[str], list[str]]:
-    """Samples along the leading axis; how many there are; what is converted; notes."""
-    found, conversions = _slots([[path]], inputs, stacked=True)
-    slots = {info.name: slot for info, slot in zip(inputs, found, strict=True)}
+def _stack(
+    path: Path, model: Model, inputs: tuple[TensorInfo, ...]
+) -> tuple[_Files, list[int], list[str], list[str]]:
+    """Samples along the leading axis; the rows of each; what is converted; notes."""
+    checked = _check([[path]], inputs, stacked=True)
+    slots = {info.name: slot for info, slot in zip(inputs, checked.slots, strict=True)}
     counts = {name: slot.samples for name, slot in slots.items() if slot.samples is not None}
     first, total = next(iter(counts.items()), ("", 1))
     for name, count in counts.items():
         if count != total:
             raise FeedError(
-                f"{path.name}: {name!r} has {_counted(count, 'sample')} and {first!r} {total:,}, "
+                f"{shown(path)}: {name!r} has {counted(count, 'sample')} and {first!r} {total:,}, "
                 "expected as many of each",
                 hint="Save all arrays with the same leading sample axis.",
             )
     if total > MAX_SAMPLES:
         raise FeedError(
-            f"{path.name} claims {total:,} samples, expected at most {MAX_SAMPLES:,}",
+            f"{shown(path)} claims {total:,} samples, expected at most {MAX_SAMPLES:,}",
             hint="Split it into smaller files.",
         )
     notes = [
-        f"{path.name}: {name!r} is taken as {total:,} samples of {slot.shape}, not as one batch"
+        f"{shown(path)}: {name!r} is taken as {total:,} samples of {slot.shape}, not as one batch"
         for name, slot in slots.items()
         if slot.chosen and total > 1
     ]
     shared = [repr(name) for name, slot in slots.items() if slot.samples is None]
     if shared and total > 1:
-        notes.append(f"{path.name}: all samples share {listed(shared, most=8)}")
-    source = _Files(units=((path,),), inputs=inputs, slots=tuple(slots.values()))
-    return source, total, conversions, notes
+        notes.append(f"{shown(path)}: all samples share {listed(shared, most=8)}")
+    (whole,) = checked.shapes
+    shapes = {n: whole[n] if slot.shape is None else slot.shape for n, slot in slots.items()}
+    source = _Files(units=((path,),), stamps=checked.stamps, inputs=inputs, slots=checked.slots)
+    return source, [_rows(shapes, model)] * total, checked.conversions, notes
 
 
 # ----------------------------------------------------------------------------------- random feeds
@@ -847,7 +823,8 @@ def random_feeds(model: Model, *, samples: int = 8, seed: int = 0) -> Feeds:
         indices=tuple(range(samples)),
         names=tuple(f"sample {i}" for i in range(samples)),
         available=samples,
-        what=f"{_counted(samples, 'random feed')} (seed {seed})",
+        what=f"{counted(samples, 'random feed')} (seed {seed})",
+        rows=(_rows({name: shape for name, _, shape, _, _ in source.inputs}, model),) * samples,
         random=True,
         notes=tuple(notes),
     )

@@ -22,7 +22,8 @@ import csv
 import html
 import io
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -37,6 +38,7 @@ from inspector.comparison import (
     Comparison,
     OutputError,
     SliceError,
+    WeightError,
     judged_db,
     low_slices,
 )
@@ -52,12 +54,14 @@ MAX_CHANNELS = 64
 WORST_CHANNELS = 32
 MAX_SLICES = 24
 MAX_LEVELS = 512
+MAX_POINTS = 2000
 
 _NO_TENSOR = "See the unmatched tensors for the reasons."
 _CLEAR = "rgba(0,0,0,0)"
 _HOVER = "%{hovertext}<extra></extra>"
 _DECORATION = "decoration"  # meta of a trace that only repeats or explains points
 _LABEL_SIZE = 11
+_HOVER_WIDTH = 160
 _LABEL_CHAR_PX = 6.4
 _LABEL_LINE_PX = 15.0
 _TICK_PX = 12.0
@@ -85,6 +89,7 @@ class _Palette(NamedTuple):
     hover: str
     densest: str
     excluded: str
+    accent: str
 
 
 _COLORS = (
@@ -97,6 +102,7 @@ _COLORS = (
     ("#ffffff", "#1e293b"),
     ("#7c2d12", "#fef3c7"),
     ("#7c3aed", "#7c3aed"),
+    ("#2563eb", "#3b82f6"),
 )
 
 
@@ -147,8 +153,22 @@ def short_name(name: str, width: int = 28) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Plotly shows as it is: its labels are a subset of HTML."""
+    """Text that Plotly shows as it is: its labels are a subset of HTML.
+
+    Control characters and those that turn the writing direction are spelled out.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else _spelled(c) for c in text)
     return html.escape(text, quote=False)
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _told(name: str) -> str:
+    """A name for a hover text: whole, unless it would cover the picture."""
+    return _name(name, _HOVER_WIDTH)
 
 
 def _name(name: str, width: int = 26) -> str:
@@ -495,6 +515,9 @@ def _depth_title(
     finite = [a for a in activations if not math.isnan(a.accumulated_sqnr_db)]
     if not finite:
         return "No tensor has a finite SQNR"
+    if len(finite) < len(activations) and all(a.accumulated_sqnr_db == math.inf for a in finite):
+        first = next(a for a in activations if math.isnan(a.accumulated_sqnr_db))
+        return f"Exact up to {_name(_node(first))}, where values stop being finite in both models"
     lowest = min(finite, key=lambda a: a.accumulated_sqnr_db)
     named, lowest_db = _name(_node(lowest)), lowest.accumulated_sqnr_db
     if worst:
@@ -521,8 +544,8 @@ def _depth_hover(record: ActivationError, before: float | None, excluded: bool) 
     else:
         fell = "first error after an exact tensor" if before == math.inf > after else "–"
     lines = [
-        f"<b>{_escape(_node(record))}</b>",
-        f"{_escape(record.op_type)} · tensor {_escape(record.name)}",
+        f"<b>{_told(_node(record))}</b>",
+        f"{_told(record.op_type)} · tensor {_told(record.name)}",
         f"accumulated {_db(after)} · local {_db(record.local_sqnr_db)}",
         f"fall: {fell}",
     ]
@@ -535,10 +558,10 @@ def _depth_hover(record: ActivationError, before: float | None, excluded: bool) 
 def _output_hover(output: OutputError, name: str) -> str:
     worst, median = output.worst_channel_sqnr_db, output.median_channel_sqnr_db
     lines = [
-        f"<b>{_escape(output.name)}</b> ({name})",
+        f"<b>{_told(output.name)}</b> ({name})",
         f"simulated {_db(output.sqnr_db)} · deployed {_db(output.deployed_sqnr_db)}",
         f"worst channel {_db(worst)} · median {_db(median)}",
-        f"worst sample {_db(output.worst_sample_sqnr_db)} {_escape(output.worst_sample)}".rstrip(),
+        f"worst sample {_db(output.worst_sample_sqnr_db)} {_told(output.worst_sample)}".rstrip(),
     ]
     return "<br>".join(lines)
 
@@ -562,10 +585,24 @@ class _DepthPlot:
     """
 
     def __init__(
-        self, axis: _DecibelAxis, names: Sequence[str], hover: Sequence[str], dark: bool
+        self, axis: _DecibelAxis, names: Sequence[str], hover: Callable[[int], str], dark: bool
     ) -> None:
         self.axis, self.names, self.hover, self.dark = axis, names, hover, dark
         self.count = len(names)
+        # Positions that are drawn; None for all.
+        self.drawn: set[int] | None = None
+
+    def thin(self, values: Sequence[float], most: int | None, keep: Iterable[int]) -> None:
+        """Draws the lowest of every few neighbours where there are more than `most`, and `keep`."""
+        if most is None or self.count <= most:
+            return
+        size = math.ceil(self.count / most)
+        groups = (range(at, min(at + size, self.count)) for at in range(0, self.count, size))
+        self.drawn = {min(group, key=lambda i: _sort_key(values[i])) for group in groups}
+        self.drawn.update(keep)
+        self.figure.update_xaxes(
+            title_text=f"tensor, in topological order; the lowest of every {size} is drawn"
+        )
 
     def frame(self, title: str | None, sentence: str, comparison: Comparison) -> None:
         """The empty picture, with the labels of its outputs."""
@@ -604,6 +641,10 @@ class _DepthPlot:
         for text, output, at, place in zip(texts, outputs, wanted, places, strict=True):
             self.point(text, self.output_x, output.sqnr_db, ay=place - at, **where)
 
+    def chosen(self, values: Mapping[int, float]) -> dict[int, float]:
+        """Those that are drawn."""
+        return {i: v for i, v in values.items() if self.drawn is None or i in self.drawn}
+
     def point(self, text: str, x: float, db: float, **where: Any) -> None:
         _pointer(self.figure, self.dark, text, x, self.axis.y(db), **where)
 
@@ -612,7 +653,7 @@ class _DepthPlot:
     ) -> None:
         """Clickable marks of tensors, by position, at their decibels or all on one rail."""
         drawn = [self.axis.y(v) if rail is None else self.axis.rails[rail] for v in values.values()]
-        names, hover = [self.names[i] for i in values], [self.hover[i] for i in values]
+        names, hover = [self.names[i] for i in values], [self.hover(i) for i in values]
         picked = _picked(names, hover, {"y": list(values.values())})
         _add_marks(self.figure, name, list(values), drawn, picked, **style)
 
@@ -621,11 +662,12 @@ class _DepthPlot:
 
         Exact tensors lie on their rail and the line passes them over; NaN breaks it.
         """
-        drawn = {i: v for i, v in enumerate(values) if v != math.inf}
+        some = range(self.count) if self.drawn is None else sorted(self.drawn)
+        drawn = {i: values[i] for i in some if values[i] != math.inf}
         y = [None if v is None or math.isnan(v) else self.axis.y(v) for v in drawn.values()]
         line = {"color": color, "width": width if self.count <= 400 else 0.75 * width}
         _decorate(self.figure, name, list(drawn), y, "lines", line=line, legendgroup=name)
-        given = {i: v for i, v in enumerate(values) if v is not None}
+        given = {i: v for i in some if (v := values[i]) is not None}
         broken = [math.isnan(v) for v in given.values()]
         size, ink = max(_dot_size(self.count) - 2.5, 2.5), _palette(self.dark).ink
         marker = {
@@ -672,6 +714,7 @@ def error_by_depth(
     selected: str | None = None,
     excluded: Collection[str] = (),
     parents: Mapping[str, Collection[str]] | None = None,
+    most: int | None = MAX_POINTS,
     title: str | None = None,
     dark: bool = False,
 ) -> go.Figure:
@@ -686,6 +729,7 @@ def error_by_depth(
         excluded: names of the nodes left in float; they get a violet tick.
         parents: the float tensors each tensor is computed from; with them a fall is measured
             from the worst of a tensor's own inputs, else from the worst of the four before it.
+        most: beyond this many tensors the lowest of every few is drawn; None for no limit.
     """
     activations = comparison.activations
     if not activations:
@@ -702,11 +746,15 @@ def error_by_depth(
     outputs = [o.sqnr_db for o in comparison.outputs]
     every = [*accumulated, *local.values(), *parts.values(), *outputs]
     axis = _DecibelAxis.of(every, floor_row=bool(in_float))
-    told = zip(activations, falls, strict=True)
-    hover = [_depth_hover(a, before, i in in_float) for i, (a, before) in enumerate(told)]
+    told = list(zip(activations, falls, strict=True))
     names, sentence = [a.name for a in activations], _depth_title(comparison, falls, worst)
-    plot = _DepthPlot(axis, names, hover, dark)
+    plot = _DepthPlot(axis, names, lambda i: _depth_hover(*told[i], i in in_float), dark)
     plot.frame(title, sentence, comparison)
+    chosen = [names.index(selected)] if selected in names else []
+    broken = _first_break(activations)
+    spoken = [*worst, *([] if broken is None else [broken]), *chosen, *list(hidden)[:MAX_POINTS]]
+    plot.thin(accumulated, most, [*spoken, *list(in_float)[:MAX_POINTS]])
+    local, parts, in_float = (plot.chosen(values) for values in (local, parts, in_float))
     plot.marks("local (own Q/DQ)", local, marker=_dots(local.values(), len(activations), dark))
     plot.line("accumulated", accumulated, colors.quantized, 2.0)
     if comparison.outputs:
@@ -720,14 +768,12 @@ def error_by_depth(
         line = {"width": 3, "color": colors.excluded}
         tick = {"symbol": "line-ns", "size": 11, "color": colors.excluded, "line": line}
         plot.marks("left in float", in_float, rail=_FLOOR, marker=tick)
-    if selected in names:
-        at = names.index(selected)
+    for at in chosen:
         line = {"color": _fade(colors.ink, 0.35), "width": 1}
         plot.figure.add_vline(x=at, line=line, layer="below")
         ring = {"symbol": "circle-open", "size": 15, "color": colors.ink, "line": {"width": 2}}
         y = [axis.y(accumulated[at])]
         _decorate(plot.figure, "selected", [at], y, "markers", marker=ring, showlegend=False)
-    broken = _first_break(activations)
     spots = [
         (i, part.sqnr_db, f"{_name(part.source)}  {_db(part.sqnr_db)}")
         for i, part in sorted(hidden.items(), key=lambda item: item[1].sqnr_db)[:_MOST_FALLS]
@@ -750,12 +796,17 @@ def blank(dark: bool = False) -> go.Figure:
 
 
 def before_after(
-    before: Comparison, after: Comparison, dark: bool = False, *, title: str | None = None
+    before: Comparison,
+    after: Comparison,
+    dark: bool = False,
+    *,
+    most: int | None = MAX_POINTS,
+    title: str | None = None,
 ) -> go.Figure:
     """Accumulated SQNR of every tensor before and after a change, by depth.
 
     Tensors are paired by the float model's name; one that only one side has is drawn for that
-    side alone.
+    side alone. Beyond `most` tensors the lowest of every few is drawn; None for no limit.
     """
     records = {a.name: a for a in (*before.activations, *after.activations)}
     names = sorted(records, key=lambda name: records[name].depth)
@@ -766,13 +817,17 @@ def before_after(
     new = {a.name: a.accumulated_sqnr_db for a in after.activations}
     outputs = (o.sqnr_db for o in (*before.outputs, *after.outputs))
     axis = _DecibelAxis.of([*old.values(), *new.values(), *outputs])
-    hover = [
-        f"<b>{_escape(_node(records[name]))}</b><br>tensor {_escape(name)}<br>"
-        f"before {_db(old.get(name))} · after {_db(new.get(name))}"
-        for name in names
-    ]
+
+    def hover(at: int) -> str:
+        name = names[at]
+        return (
+            f"<b>{_told(_node(records[name]))}</b><br>tensor {_told(name)}<br>"
+            f"before {_db(old.get(name))} · after {_db(new.get(name))}"
+        )
+
     plot = _DepthPlot(axis, names, hover, dark)
     plot.frame(title, _change_title(before, after), after)
+    plot.thin([min(old.get(n, math.inf), new.get(n, math.inf)) for n in names], most, ())
     amber = _palette(dark).quantized
     plot.line("before", [old.get(n) for n in names], _fade(amber, 0.4), 1.5)
     plot.line("after", [new.get(n) for n in names], amber, 2.25)
@@ -1233,7 +1288,7 @@ def slices(
     figure.update_layout(bargap=0.35)
     sqnr_db, error_colors = [s.sqnr_db for s in shown], [error_color(s.sqnr_db) for s in shown]
     hover = [
-        f"<b>{_escape(s.source)}</b><br>channels {s.start} to {s.stop - 1}<br>"
+        f"<b>{_told(s.source)}</b><br>channels {s.start} to {s.stop - 1}<br>"
         f"{_db(s.sqnr_db)} · largest |value| {_real(s.absmax)}"
         for s in shown
     ]
@@ -1292,7 +1347,7 @@ def per_sample(
         _level(figure, axis.y(db), colors.quantized, dash)
         where = {"yref": "y", "xanchor": "left", "yanchor": "bottom" if up else "top", "xshift": 4}
         _label(figure, dark, f"{word} {_db(db)}", 1, axis.y(db), **where)
-    hover = [f"<b>{_escape(n)}</b><br>{_db(db)}" for n, db in zip(names, numbers, strict=True)]
+    hover = [f"<b>{_told(n)}</b><br>{_db(db)}" for n, db in zip(names, numbers, strict=True)]
     picked, y = _picked(names, hover, {"y": numbers}), [axis.y(db) for db in numbers]
     _add_marks(figure, "sample", list(range(count)), y, picked, marker=_dots(numbers, count, dark))
     if count > 1 and lowest != math.inf:
@@ -1303,7 +1358,73 @@ def per_sample(
     return figure
 
 
+# --- what the figures rest on ------------------------------------------------------------------
+
+_RULES = {
+    "name": "by name",
+    "structure": "by structure",
+    "content": "by content",
+    "pin": "by hand",
+}
+
+
+def coverage(comparison: Comparison, dark: bool = False) -> go.Figure:
+    """What became of every float tensor: matched by which rule, fused, or not compared.
+
+    One stacked bar whose parts add up to all float tensors. Empty where the comparison does not
+    know (made by an earlier version).
+    """
+    counts, height = comparison.counts, 86
+    if counts is None:
+        sentence = "Which tensors are compared was not counted"
+        return _nothing(None, sentence, "Compare the models again.", dark, height)
+    colors = _palette(dark)
+    records: list[ActivationError | WeightError] = [*comparison.activations, *comparison.weights]
+    found = Counter(r.matched_by for r in records if not (isinstance(r, WeightError) and r.scope))
+    rules = [*_RULES, *sorted(found.keys() - _RULES.keys())]
+    parts = [(f"matched {_RULES.get(rule, _told(rule))}", found[rule]) for rule in rules]
+    if sum(found.values()) != counts.matched:
+        # Weights of If and Loop bodies are compared too, but are not among the counted ones.
+        parts = [("matched", counts.matched)]
+    shades = dict(zip(rules, (1.0, 0.72, 0.48), strict=False))
+    look = {
+        f"matched {word}": _fade(colors.float_model, shades.get(rule, 0.4))
+        for rule, word in _RULES.items()
+    }
+    look |= {"matched by hand": colors.accent, "matched": colors.float_model}
+    parts += [("fused into a compared one", counts.fused), ("not compared", counts.unmatched)]
+    whole = max(counts.float_tensors, 1)
+    margin = {"l": 8, "r": 8, "t": 18, "b": 34}
+    figure = _figure("", "", dark, height, margin=margin, barmode="stack", bargap=0)
+    for word, number in parts:
+        if not number:
+            continue
+        fused, lost = word.startswith("fused"), word == "not compared"
+        color = NO_FIGURE_COLOR if lost else look.get(word, _fade(colors.float_model, 0.22))
+        marker: dict[str, Any] = {"color": color, "line": {"width": 1, "color": colors.hover}}
+        if fused:
+            shape = {"shape": "/", "size": 6, "solidity": 0.25, "fgcolor": colors.muted}
+            marker["pattern"] = shape
+        figure.add_bar(
+            x=[number],
+            y=["float tensors"],
+            orientation="h",
+            name=f"{word} {number:,}",
+            marker=marker,
+            meta={"x": [number], "y": [word]},
+            hovertemplate=f"{number:,} of {whole:,} {word}<extra></extra>",
+        )
+    legend = {"y": -0.12, "yanchor": "top", "traceorder": "normal"}
+    figure.update_layout(legend=legend, showlegend=True)
+    figure.update_xaxes(visible=False, range=[0, whole])
+    figure.update_yaxes(visible=False)
+    return figure
+
+
 # --- the numbers of a picture ------------------------------------------------------------------
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def _cell(value: Any) -> str:
@@ -1314,7 +1435,8 @@ def _cell(value: Any) -> str:
         if math.isfinite(value):
             return f"{value:.12g}"
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return str(value)
+    # A spreadsheet would take such a name for a formula.
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else str(value)
 
 
 def figure_csv(figure: go.Figure) -> str:

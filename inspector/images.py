@@ -1,22 +1,15 @@
 """How a picture becomes a tensor: a file's pixels, resized, ordered and scaled by a recipe.
 
 The recipe is a `Preprocess`, read from the ``preprocess.json`` beside the pictures, or started from
-one of `PRESETS`. `feeds` reads arrays besides pictures and shares what is said here about files
-that break and shapes that do not fit.
+one of `PRESETS`.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import lzma
 import math
 import os
-import struct
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from inspector.arrays import (
+    Stamp,
+    fits,
+    is_static,
+    json_text,
+    listed,
+    nearest,
+    open_file,
+    printable,
+    read_json,
+    readable,
+    shape_text,
+    shown,
+)
 from inspector.errors import FeedError
 from inspector.model import Model, TensorInfo
 
@@ -35,65 +42,7 @@ IMAGE_SUFFIXES = frozenset(
 # Formats Pillow may try; without a list it would also try those that call other programs.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _AS_ARRAYS = "Save the inputs as .npz, one file per sample, keyed by input name."
-
-# What reading a damaged picture, array or archive raises.
-_BROKEN = (
-    *(OSError, EOFError, ValueError, KeyError, IndexError, SyntaxError, RuntimeError),
-    *(OverflowError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
-)
-
-
-@contextmanager
-def readable(shown: str, what: str, hint: str) -> Iterator[None]:
-    """Turns what a damaged file raises into a `FeedError`."""
-    try:
-        yield
-    except _BROKEN as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(reason.split()) or type(error).__name__
-        raise FeedError(f"{shown} cannot be read as {what}: {reason}", hint=hint) from error
-
-
-def read_json(path: Path, what: str, kind: type, example: str) -> Any:
-    """A JSON file's value, which is a `kind` (dict or list)."""
-    with readable(path.name, what, "Write it as JSON, e.g. with json.dump."):
-        value = json.loads(path.read_text("utf-8-sig"))
-    if not isinstance(value, kind):
-        names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-        found = names.get(type(value), f"the value {json.dumps(value)}")
-        raise FeedError(f"{path.name} holds {found}, expected {names[kind]}", hint=example)
-    return value
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The three names that are most like a name."""
-    return listed(difflib.get_close_matches(name, names, n=3, cutoff=0.0))
-
-
-def is_static(dim: int | str | None) -> bool:
-    """Whether a dimension is fixed. Some exporters write 0 or -1 where they mean "dynamic"."""
-    return isinstance(dim, int) and dim > 0
-
-
-def shape_text(shape: Sequence[int | str | None]) -> str:
-    """A model's shape as Python writes it, "?" for a dimension without size and name."""
-    dims = [str(d) if is_static(d) or (d and isinstance(d, str)) else "?" for d in shape]
-    return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
-
-
-def fits(shape: Sequence[int], expected: Sequence[int | str | None]) -> bool:
-    """Whether an array's shape is one the model's shape allows."""
-    return len(shape) == len(expected) and all(
-        not is_static(want) or have == want for have, want in zip(shape, expected, strict=True)
-    )
-
+_MAX_RECIPE_BYTES = 64 * 1024
 
 # ---------------------------------------------------------------------------------- the recipe
 
@@ -128,7 +77,7 @@ def _bad_field(name: str, found: Any, color: str = "") -> FeedError:
     expected, example = _TAKES[name]
     of_color = f" for {color}" if color and name in ("mean", "std") else ""
     return FeedError(
-        f"preprocess has {name} {json.dumps(found, default=str)}, expected {expected}{of_color}",
+        f"preprocess has {name} {json_text(found)}, expected {expected}{of_color}",
         hint=f'Write e.g. "{name}": {example}.',
     )
 
@@ -138,18 +87,23 @@ def _parsed(name: str, value: Any, channels: int) -> Any:
     if value is None and name in ("size", "layout"):
         return None
     if name in _CHOICES:
-        word = str(value).lower().replace("-", "_").replace("centre", "center")
+        if not isinstance(value, str):
+            raise ValueError(name)
+        word = value.lower().replace("-", "_").replace("centre", "center")
         return {c.lower(): c for c in _CHOICES[name]}[word.replace("grey", "gray")]
     count, kind, good = _NUMBERS[name]
     items = value if isinstance(value, list | tuple) else [value] * count
     for item in items:
         number = isinstance(item, int | float) and not isinstance(item, bool)
-        if not number or not abs(item) < 1e300 or kind(item) != item or not good(item):
-            raise ValueError(item)
+        # Outside of these, float32 knows a number only as 0 or infinity.
+        if not number or not (item == 0 or 1e-30 < abs(item) < 1e30):
+            raise ValueError(name)
+        if kind(item) != item or not good(item):
+            raise ValueError(name)
     if len(items) != count and not (name in ("mean", "std") and len(items) == channels):
-        raise ValueError(items)
+        raise ValueError(name)
     if name == "size" and math.prod(items) > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(items)
+        raise ValueError(name)
     numbers = tuple(kind(item) for item in items)
     return numbers[0] if name in ("scale", "crop_fraction") else numbers
 
@@ -212,7 +166,7 @@ class Preprocess:
             if name not in known:
                 near = nearest(name, ["preset", *known])
                 raise FeedError(
-                    f"preprocess has the unknown field {name!r}; nearest are {near}",
+                    f"preprocess has the unknown field '{printable(name, 60)}'; nearest are {near}",
                     hint=f"Use only preset, {', '.join(known)}.",
                 )
         return replace(cls() if preset is None else PRESETS[preset], **values)
@@ -285,7 +239,8 @@ class Preprocess:
         if self.color == "BGR":
             pixels = pixels[..., ::-1]
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        values = (pixels * np.float32(self.scale) - mean) / std
+        with np.errstate(all="ignore"):  # what overflows is counted with the feeds
+            values = (pixels * np.float32(self.scale) - mean) / std
         if self.layout != "NHWC":
             values = values.transpose(2, 0, 1)
         return np.ascontiguousarray(values[np.newaxis], np.float32)
@@ -358,25 +313,29 @@ def read_preprocess(path: str | os.PathLike[str]) -> Preprocess:
     path = Path(path)
     hint = f'Write {path.name}, e.g. {{"preset": "yolo"}} (presets: {", ".join(PRESETS)}).'
     if not path.is_file():
-        raise FeedError(f"the preprocess file {path} does not exist or is no file", hint=hint)
-    data = read_json(path, "preprocessing", dict, hint)
+        raise FeedError(
+            f"the preprocess file {printable(str(path))} does not exist or is no file", hint=hint
+        )
+    data = read_json(path, "preprocessing", dict, hint, most=_MAX_RECIPE_BYTES)
     try:
         return Preprocess.from_json(data)
     except FeedError as error:
-        raise FeedError(f"{path.name}: {error.message}", hint=error.hint) from error
+        raise FeedError(f"{shown(path)}: {error.message}", hint=error.hint) from error
 
 
 # -------------------------------------------------------------------------------- picture files
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(path: str | os.PathLike[str], known: Stamp | None = None) -> Image.Image:
     """The picture in a file: first frame, upright, mode L or RGB.
+
+    `known` is the file's stamp where it must be the one that was looked at before.
 
     Raises:
         FeedError: it is no picture, damaged, has pixels of an unknown range, or more of them than
-            Pillow's MAX_IMAGE_PIXELS.
+            Pillow's MAX_IMAGE_PIXELS; or it changed.
     """
-    with _opened(Path(path)) as image:
+    with _opened(Path(path), known) as image:
         image.load()
         return _upright(image)
 
@@ -392,28 +351,30 @@ def image_losses(path: Path) -> list[str]:
             "have 16 bits per pixel, of which the upper 8 are used": image.mode.startswith("I"),
             "are partly transparent, which is dropped": "A" in image.getbands()
             or "transparency" in image.info,
-            "have several frames, of which the first is used": getattr(image, "n_frames", 1) > 1,
+            "have several frames, of which the first is used": getattr(image, "is_animated", False),
         }
     return [what for what, is_so in found.items() if is_so]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path, known: Stamp | None = None) -> Iterator[Image.Image]:
     hint = "Save it as PNG or JPEG, or remove it from the folder."
-    with readable(path.name, "a picture", hint), warnings.catch_warnings():
-        # Pillow warns above its limit and refuses above twice of it; both are refused here.
+    with readable(shown(path), "a picture", hint), warnings.catch_warnings():
+        # Of a damaged note on the side (EXIF) nobody needs to hear. But Pillow warns above its
+        # limit of pixels and refuses above twice of it; both are refused here.
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = Image.open(path, formats=_FORMATS)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            most = f"{Image.MAX_IMAGE_PIXELS:,}"
-            raise ValueError(f"it has more pixels than Pillow's limit of {most}") from error
-        except UnidentifiedImageError as error:
-            raise ValueError("its content is of no known format") from error
-        with image:
-            if image.mode == "F":
-                raise ValueError("it has floating-point pixels, expected 8 or 16 bits")
-            yield image
+        with open_file(path, known) as stream:
+            try:
+                with Image.open(stream, formats=_FORMATS) as image:
+                    if image.mode == "F":
+                        raise ValueError("it has floating-point pixels, expected 8 or 16 bits")
+                    yield image
+            except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+                most = f"{Image.MAX_IMAGE_PIXELS:,}"
+                raise ValueError(f"it has more pixels than Pillow's limit of {most}") from error
+            except UnidentifiedImageError as error:
+                raise ValueError("its content is of no known format") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,37 +1,59 @@
-"""Which tensor is which in two models: by names and graph edges, then by structure.
+"""Which tensor is which in two models, and what became of each tensor of the float model.
 
-Runs nothing. ONNX Runtime's quantizer keeps most names, but not all of them mean the same: a
-Relu or Clip that was folded into a QuantizeLinear leaves its name on the tensor *before* it
-was rectified, graph outputs are renamed, and pre-processing folds BatchNormalization into the Conv
-before it. Each pair says which rule found it, and every float tensor without a partner says why.
+Runs nothing. Pins come first, then names and graph edges together (`alignment`), then content: of
+constants, and of activations where somebody observed them (`to_observe`). Each pair says which
+rule found it. Every float tensor of the float model's main graph is in exactly one place: it is
+compared as an activation or as a weight, it became a part of a compared tensor, or it is listed
+with the reason why it is neither.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inspector.comparison import Unmatched
+from inspector.alignment import Alignment, Twin, align
+from inspector.comparison import Pin, Skipped, Unmatched
+from inspector.content import Summary, find_activations
+from inspector.endpoints import InputConversion, by_position, conversion
+from inspector.errors import ModelError
+from inspector.folding import DQ, Q, constant_value
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.qparams import QParams
-from inspector.scheme import (
-    DQ,
-    Q,
-    QuantFormat,
-    QuantizedTensor,
-    Scheme,
-    qparams_of,
-    read_scheme,
-    scale_names,
+from inspector.scheme import QuantFormat, QuantizedTensor, Scheme, read_scheme
+from inspector.structure import (
+    MOVEMENT,
+    RECTIFIERS,
+    Permutation,
+    View,
+    base_names,
+    inverse,
+    origin,
 )
+from inspector.weights import WeightPair, Weights, in_order, weight_channel_axis
 
-RECTIFIERS = frozenset({"Relu", "Clip"})
-_SUFFIXES = ("_QuantizeLinear_Input", "_QuantizeInput", "_quantized", "_DequantizeLinear_Output")
+__all__ = [
+    "RECTIFIERS",
+    "ActivationPair",
+    "InputConversion",
+    "Matching",
+    "Observed",
+    "WeightPair",
+    "activation_channel_axis",
+    "clip_limits",
+    "constant_value",
+    "match_tensors",
+    "rectify",
+    "to_observe",
+    "weight_channel_axis",
+]
+
 _CHANNELS_FIRST = frozenset(
     {"Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "GroupNormalization",
      "LRN"}
@@ -53,13 +75,18 @@ class ActivationPair:
     Attributes:
         name: the float model's tensor.
         node: the float model's node that computes it, None for a graph input.
-        before: the quantized model's tensor that Q reads; None without a Q/DQ pair.
+        before: the quantized model's tensor that Q reads, the first of several Q/DQ pairs in a
+            row; None without a Q/DQ pair.
         after: the quantized model's tensor that consumers read (integers where `integers`).
         integers: `after` holds integers, to be dequantized with `qparams`.
         qparams: None where it was left in float.
         rectifier: the float model's Relu or Clip that was folded into Q; `before` lacks it.
-        matched_by: "name" or "structure".
+        matched_by: "name", "structure", "content" or "pin".
         note: what has to be known, "" for nothing.
+        permutation: axes to apply to the quantized model's arrays to get the float layout; None
+            where it is the same.
+        stages: parameters of Q and of DQ for each pair between `before` and `after`; () where
+            there is none, or only one and its Q has `qparams`.
     """
 
     name: str
@@ -71,33 +98,21 @@ class ActivationPair:
     rectifier: Node | None
     matched_by: str
     note: str
+    permutation: Permutation | None = None
+    stages: tuple[tuple[QParams, QParams], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WeightPair:
-    """A constant of the float model and what the quantized model reads in its place.
+class Observed:
+    """Summaries of what `to_observe` names, over the same feeds.
 
     Attributes:
-        name: the float model's tensor.
-        node: the float model's first node that reads it.
-        kind: "weight" or "bias".
-        quantized: the quantized tensor; None where it was left in float under `quantized_name`.
-        quantized_name: the quantized model's constant.
-        reference: gives the float values, after the same fold where there was one.
-        channel_axis: output-channel axis, None where the node has none.
-        matched_by: "name" or "structure".
-        note: what has to be known, "" for nothing.
+        float_values: by tensor of the float model.
+        quantized_values: by tensor of the quantized model.
     """
 
-    name: str
-    node: Node
-    kind: str
-    quantized: QuantizedTensor | None
-    quantized_name: str
-    reference: Callable[[], NDArray[Any]]
-    channel_axis: int | None
-    matched_by: str
-    note: str
+    float_values: Mapping[str, Summary]
+    quantized_values: Mapping[str, Summary]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +127,14 @@ class Matching:
         inputs: float input name -> quantized input name.
         unmatched: everything else, with its reason.
         notes: sentences to show beside the result.
+        float_tensors: every tensor of the float model's main graph with floating-point elements
+            (or of unknown type): graph inputs, node outputs and constants. Each is in exactly one
+            of `activations`, `weights`  and `unmatched`.
+        node_pairs: float node name -> quantized node name.
+        conversions: by float input, what a feed needs to fit the quantized model.
+        skipped: quantization nodes that could not be read.
+        not_observed: tensors inside bodies, whose values nobody can look at.
+        unpaired: tensors of the quantized model that no pair uses, one per value.
     """
 
     scheme: Scheme
@@ -121,6 +144,12 @@ class Matching:
     inputs: dict[str, str]
     unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...]
+    float_tensors: tuple[str, ...]
+    node_pairs: dict[str, str]
+    conversions: dict[str, InputConversion]
+    skipped: tuple[Skipped, ...]
+    not_observed: tuple[Skipped, ...]
+    unpaired: tuple[str, ...]
 
 
 def rectify(values: NDArray[Any], rectifier: Node | None, model: Model) -> NDArray[Any]:
@@ -143,54 +172,6 @@ def clip_limits(clip: Node, model: Model) -> tuple[float, float]:
             limit = default if constant is None else constant
         limits.append(float(np.asarray(limit).reshape(-1)[0]))
     return limits[0], limits[1]
-
-
-def constant_value(model: Model, tensor: str, _depth: int = 0) -> NDArray[Any] | None:
-    """The value of a constant, through DequantizeLinear, Identity, Cast and Transpose of constants.
-
-    None for a computed tensor.
-    """
-    value = model.constant(tensor)
-    if value is not None or _depth > 8:
-        return value
-    node = model.producers.get(tensor)
-    if node is None or not node.inputs:
-        return None
-    source = constant_value(model, node.inputs[0], _depth + 1)
-    if source is None:
-        return None
-    if node.op_type in ("Identity", "Cast"):
-        return source
-    if node.op_type == "Transpose":
-        return np.transpose(source, node.attributes.get("perm"))
-    if node.op_type == DQ:
-        qparams = qparams_of(
-            model,
-            node.inputs[0],
-            node.inputs[1],
-            node.inputs[2] if len(node.inputs) > 2 else "",
-            axis=int(node.attributes.get("axis", 1)),
-            block=int(node.attributes.get("block_size", 0)),
-        )
-        return None if qparams is None else qparams.dequantize(source).astype(np.float32)
-    return None
-
-
-def weight_channel_axis(node: Node, position: int, rank: int) -> int | None:
-    """The output-channel axis of a constant at an input of a node; None where it has none."""
-    if rank == 0:
-        return None
-    if position == 2 and node.op_type in ("Conv", "ConvTranspose", "Gemm"):
-        return rank - 1
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1
-    if node.op_type == "Gemm" and position == 1:
-        return 0 if node.attributes.get("transB", 0) else 1
-    if node.op_type == "MatMul":
-        return rank - 1 if position == 1 else (rank - 2 if rank > 1 else None)
-    return None
 
 
 def _keeps_first_axes(model: Model, node: Node) -> bool:
@@ -226,375 +207,601 @@ def activation_channel_axis(model: Model, tensor: str, rank: int) -> int | None:
     return rank - 1
 
 
+def _same_qparams(a: QParams, b: QParams) -> bool:
+    return (a.dtype, a.axis) == (b.dtype, b.axis) and all(
+        np.array_equal(*pair) for pair in ((a.scale, b.scale), (a.zero_point, b.zero_point))
+    )
+
+
+# -- pairs ---------------------------------------------------------------------------------------
+
+
 class _Matcher:
-    def __init__(self, float_model: Model, quantized_model: Model) -> None:
-        self.f = float_model
-        self.q = quantized_model
+    def __init__(self, float_model: Model, quantized_model: Model, pins: Sequence[Pin]) -> None:
+        self.f, self.q = float_model, quantized_model
+        self.fv, self.qv = View(float_model), View(quantized_model)
         self.scheme = read_scheme(quantized_model)
         self.notes: list[str] = []
-        self.loners: list[Unmatched] = []
-        self.q_tensors = (
-            set(self.q.producers) | set(self.q.constant_names) | {i.name for i in self.q.inputs}
-        )
-        # Float name -> the quantized tensor whose Q reads it (or whose integers carry its name).
+        self.quantized: dict[str, list[QuantizedTensor]] = {}
         self.by_base: dict[str, QuantizedTensor] = {}
-        q_outputs = {o.name for o in self.q.outputs}
         for tensor in self.scheme.tensors:
-            if tensor.kind != "activation":
-                continue
-            names = [n for n in (tensor.before, tensor.after, tensor.quantized) if n]
-            for name in names:
-                self.by_base.setdefault(name, tensor)
-                for suffix in _SUFFIXES:
-                    if name.endswith(suffix):
-                        self.by_base.setdefault(name.removesuffix(suffix), tensor)
-            if tensor.after in q_outputs:
-                self.by_base[tensor.after] = tensor
+            if tensor.kind == "activation" and not tensor.scope:
+                self.know(tensor)
+        self.inputs = by_position(self.f.inputs, self.q.inputs, "input", self.notes)
+        self.outputs = by_position(self.f.outputs, self.q.outputs, "output", self.notes)
+        found = [
+            conversion(self.f.info(a), self.q.info(b), next(iter(self.quantized.get(b, ())), None))
+            for a, b in self.inputs.items()
+        ]
+        self.notes += [c.note for c in found if c is not None]
+        self.conversions = {c.name: c for c in found if c is not None}
+        self.pins = {p.float_name: p.quantized_name for p in pins}
+        self.check_pins()
+        self.alignment = self.align()
+        stuck = {
+            self.fv.root[name]: Twin(self.qv.root[other])
+            for name, other in self.pins.items()
+            if other in self.qv.root and self.fv.root[name] not in self.alignment.values
+        }
+        if stuck:
+            # A pin where the rules found nothing is an anchor for what lies around it.
+            self.alignment = self.align(stuck)
+        self.weights = Weights(self.alignment, self.scheme)
+        self.pairs: dict[str, ActivationPair] = {}
+        self.fused: dict[str, Unmatched] = {}
 
-    # -- activations ---------------------------------------------------------------------------
+    def know(self, tensor: QuantizedTensor) -> None:
+        names = [n for n in (tensor.before, tensor.after, tensor.quantized) if n]
+        for name in names:
+            if name in self.qv.root:
+                there = self.quantized.setdefault(self.qv.root[name], [])
+                if tensor not in there:
+                    there.append(tensor)
+            for base in base_names(name):
+                self.by_base.setdefault(base, tensor)
 
-    def activations(self, outputs: Mapping[str, str]) -> list[ActivationPair]:
-        """Pairs by name, and graph outputs of another name by their position."""
-        f = self.f
-        names = [i.name for i in f.inputs]
-        names += [o for n in f.nodes if n.op_type != "Constant" for o in n.outputs if o]
-        pairs: dict[str, ActivationPair] = {}
-        for name in names:
-            known = name in self.by_base or name in self.q_tensors
-            if known and constant_value(f, name) is None:
-                behind = self._folded_behind(name)
-                if behind is None:
-                    pairs[name] = self._pair(name)
-                else:
-                    pairs[behind.outputs[0]] = replace(
-                        self._pair(name), name=behind.outputs[0], node=behind, rectifier=behind,
-                        matched_by="structure", note=f"{behind.op_type} is folded into Q",
-                    )  # fmt: skip
-            elif name in outputs:
-                pairs[name] = replace(
-                    self._pair(outputs[name]), name=name, node=f.producers.get(name),
-                    matched_by="structure",
-                )  # fmt: skip
-        for name in names:
-            floating = f.info(name).dtype in (*FLOAT_DTYPES, "unknown")
-            if name not in pairs and floating and constant_value(f, name) is None:
-                reason = self._why_missing(name, pairs)
-                self.loners.append(
-                    Unmatched(name=name, kind="activation", model="float", reason=reason)
+    def align(self, pinned: Mapping[str, Twin] | None = None) -> Alignment:
+        anchors = dict(pinned or {})
+        for name, other in self.inputs.items():
+            changed = self.conversions.get(name)
+            order = changed.permutation if changed is not None else None
+            twin = Twin(self.qv.root[other], inverse(order) if order is not None else None)
+            anchors.setdefault(self.fv.root[name], twin)
+        ends = {
+            self.fv.root[name]: self.qv.root[other]
+            for name, other in self.outputs.items()
+            if name in self.fv.root and other in self.qv.root
+        }
+        return align(self.fv, self.qv, anchors, ends, self.quantized)
+
+    # -- pins ------------------------------------------------------------------------------------
+
+    def check_pins(self) -> None:
+        for name, other in self.pins.items():
+            known = {*self.fv.root, *self.fv.constants}
+            if name not in known:
+                raise _unknown(name, self.f, known)
+            known = {*self.qv.root, *self.qv.constants}
+            if other is not None and other not in known:
+                raise _unknown(other, self.q, known)
+            if other is not None and (name in self.fv.root) != (other in self.qv.root):
+                sides = ["computed" if name in self.fv.root else "constant",
+                         "computed" if other in self.qv.root else "constant"]  # fmt: skip
+                raise ModelError(
+                    f"{name} is {sides[0]} in {self.f.name}, {other} is {sides[1]} in "
+                    f"{self.q.name}: they cannot be a pair",
+                    hint="Pin a computed tensor to a computed one, or a constant to a constant.",
                 )
-        order = {name: at for at, name in enumerate(names)}
-        return sorted(pairs.values(), key=lambda pair: order[pair.name])
 
-    def _folded_behind(self, name: str) -> Node | None:
-        """The float Relu or Clip that reads `name` alone and is gone from the quantized model.
+    def refused(self, name: str) -> bool:
+        return name in self.pins and self.pins[name] is None
 
-        Other writers (QOperator, older quantizers) keep the name before the rectifier.
+    # -- activations -----------------------------------------------------------------------------
+
+    def activations(self) -> None:
+        """Fills `pairs` and `fused` for every computed tensor of the float model."""
+        for root, members in self.fv.members.items():
+            twin = self.alignment.values.get(root)
+            if twin is None or root in self.alignment.folded:
+                continue
+            chosen = self.compared(root, members, twin.root)
+            marks = frozenset(chosen.values())
+            for member, other in chosen.items():
+                self.pairs[member] = self.pair(member, root, twin, other, marks)
+            for member in members:
+                end = self.qv.root.get(self.outputs.get(member, ""))
+                if end is not None and end != twin.root:
+                    # An output is its counterpart's, whatever else holds the same values.
+                    self.pairs[member] = self.pair(member, root, Twin(end), self.outputs[member])
+            first = next(iter(chosen))
+            for member in members:
+                if member not in chosen and member not in self.pairs:
+                    self.fuse(member, first, f"the same tensor as {first}")
+        for name, chosen_by_hand in self.pins.items():
+            if chosen_by_hand is not None and name in self.fv.root:
+                self.pairs[name] = self.pinned(name, chosen_by_hand)
+
+    def pinned(self, name: str, other: str) -> ActivationPair:
+        """The pair that a pin asks for: the tensor itself, or the Q/DQ pair it is a part of."""
+        root = self.qv.root[other]
+        pair = self.pair(name, self.fv.root[name], Twin(root), other)
+        tensors = self.quantized.get(root, [])
+        tensor = next((t for t in tensors if other in (t.before, t.after, t.quantized)), None)
+        if tensor is not None:
+            pair = replace(
+                pair,
+                before=tensor.before,
+                after=tensor.name,
+                integers=tensor.after is None,
+                qparams=tensor.qparams,
+                stages=((tensor.q_qparams, tensor.qparams),) if tensor.q_qparams else (),
+            )
+        twin = self.alignment.values.get(self.fv.root[name])
+        same = twin is not None and twin.root == root
+        return replace(
+            pair,
+            matched_by="pin",
+            note="; ".join(
+                n
+                for n in ("set by hand", pair.note if same else tensor.note if tensor else "")
+                if n
+            ),
+            rectifier=pair.rectifier if same else None,
+        )
+
+    def compared(self, root: str, members: list[str], other: str) -> dict[str, str]:
+        """Those of a value's tensors that the quantized model has, too, with its tensor.
+
+        Identity, Dropout and Cast make further tensors of a value. The quantized model has one of
+        them where it has as many nodes of that kind behind the same value.
+
+        Args:
+            root: of the float value.
+            members: its tensors.
+            other: root of the quantized value.
         """
-        consumers = self.f.consumers.get(name, ())
-        if name not in self.by_base or len(consumers) != 1:
-            return None
-        node = consumers[0]
-        gone = node.outputs[0] not in self.q_tensors and node.outputs[0] not in self.by_base
-        kept = self.q.node_by_name.get(node.name)
-        if node.op_type not in RECTIFIERS or not gone or kept is not None:
-            return None
-        return node
 
-    def _folded_rectifier(self, name: str, before: str | None) -> Node | None:
-        """The float Relu or Clip that computes `name`, where the quantized model left it to Q.
+        def by_kind(model: Model, names: list[str]) -> list[tuple[str, str]]:
+            makers = ((name, model.producers.get(name)) for name in names)
+            return [(name, m.op_type) for name, m in makers if m is not None]
 
-        ONNX Runtime's quantizer gives the rectifier's output name to the tensor before it.
-        """
-        node = self.f.producers.get(name)
-        if node is None or node.op_type not in RECTIFIERS or before is None:
-            return None
-        maker = self.q.producers.get(before)
-        return None if maker is not None and maker.op_type in RECTIFIERS else node
+        left = by_kind(self.q, self.qv.members[other][1:])
+        real = self.qv.tensor(other)
+        found = {}
+        for member, kind in by_kind(self.f, members[1:]):
+            twin = next((name for name, its in left if its == kind), None)
+            if twin is not None:
+                left.remove((twin, kind))
+                found[member] = twin
+        ends = {m: self.qv.root.get(self.outputs[m]) for m in members if m in self.outputs}
+        outputs = {m: real for m, end in ends.items() if end == other and m not in found}
+        return (outputs or {root: real}) | found
 
-    def _pair(self, name: str) -> ActivationPair:
+    def by_name(self, name: str, root: str) -> bool:
+        """The quantized value has a tensor of this name, or one that was renamed from it."""
+        if self.qv.root.get(name) == root:
+            return True
         tensor = self.by_base.get(name)
-        node = self.f.producers.get(name)
-        if tensor is None:
-            return ActivationPair(
-                name=name, node=node, before=None, after=name, integers=False, qparams=None,
-                rectifier=None, matched_by="name", note="",
-            )  # fmt: skip
-        rectifier = self._folded_rectifier(name, tensor.before)
-        return ActivationPair(
-            name=name,
-            node=node,
-            before=tensor.before,
-            after=tensor.name,
-            integers=tensor.after is None,
-            qparams=tensor.qparams,
-            rectifier=rectifier,
-            matched_by="name",
-            note=f"{rectifier.op_type} is folded into Q" if rectifier else "",
-        )
+        return tensor is not None and tensor in self.quantized.get(root, ())
 
-    def _why_missing(self, name: str, pairs: dict[str, ActivationPair]) -> str:
-        at = name
-        for _ in range(16):
-            consumers = self.f.consumers.get(at, ())
-            if not consumers:
-                return "nothing reads it"
-            if len(consumers) != 1:
+    def read(self, tensor: QuantizedTensor) -> tuple[str, ...]:
+        """Nodes that compute with a quantized tensor, not those that quantize it once more."""
+        nodes = self.q.node_by_name
+        return tuple(n for n in tensor.consumers if n in nodes and nodes[n].op_type not in (Q, DQ))
+
+    def way(self, tensor: str) -> Iterator[str]:
+        """A tensor of the quantized model and what it is made from without being computed."""
+        root = self.qv.root.get(tensor)
+        while tensor and self.qv.root.get(tensor) == root:
+            yield tensor
+            node = self.q.producers.get(tensor)
+            if node is None:
+                return
+            tensor = next((i for i in node.inputs if self.qv.root.get(i) == root), "")
+
+    def stages(self, tensor: QuantizedTensor, plain: str) -> list[QuantizedTensor]:
+        """The Q/DQ pairs in a row that end with one, without those that lie before `plain`."""
+        pairs = {t.after: t for t in self.quantized.get(self.qv.root[tensor.name], ()) if t.after}
+        found = [tensor]
+        if tensor.before is None:
+            return found
+        for name in self.way(tensor.before):
+            if name == plain:
                 break
-            at = consumers[0].outputs[0]
-            if at in pairs:
-                return f"fused into {at}"
-        node = self.f.producers.get(name)
-        twin = self.q.node_by_name.get(node.name) if node is not None else None
-        if twin is not None and twin.op_type == node.op_type:  # type: ignore[union-attr]
-            return f"its node writes {twin.outputs[0]} instead (layout or fusion changed)"
-        return "not in the quantized model (removed by pre-processing)"
+            if name in pairs and pairs[name].before is not None:
+                found.append(pairs[name])
+        return found[::-1]
 
-    # -- weights -------------------------------------------------------------------------------
-
-    def weights(self) -> list[WeightPair]:
-        pairs: dict[str, WeightPair] = {}
-        parameters = scale_names(self.q)
-        quantized = {t.name: t for t in self.scheme.tensors if t.kind in ("weight", "bias")}
-        for node in self.q.nodes:
-            if node.op_type in (Q, DQ, "Constant"):
-                continue
-            for position, name in enumerate(node.inputs):
-                tensor = quantized.get(name)
-                constant = name in self.q.constant_names
-                if tensor is None and not constant:
-                    continue
-                if tensor is None and (
-                    name in parameters or self.q.info(name).dtype not in FLOAT_DTYPES
-                ):
-                    continue
-                pair = self._weight(node, position, name, tensor)
-                if pair is not None:
-                    pairs.setdefault(pair.name, pair)
-                elif tensor is not None:
-                    self.loners.append(
-                        Unmatched(
-                            name=tensor.quantized, kind=tensor.kind, model="quantized",
-                            reason=f"no float constant found for input {position} of {node.name}",
-                        )
-                    )  # fmt: skip
-        self.loners += self._lone_weights(set(pairs))
-        return list(pairs.values())
-
-    def _weight(
-        self, node: Node, position: int, name: str, tensor: QuantizedTensor | None
-    ) -> WeightPair | None:
-        stored = tensor.quantized if tensor is not None else name
-        base = (tensor.before if tensor is not None else None) or stored
-        for suffix in ("", *_SUFFIXES):
-            candidate = base.removesuffix(suffix) if suffix else base
-            if candidate != base or not suffix:
-                value = constant_value(self.f, candidate)
-                if value is not None and value.dtype.kind in "fV":
-                    return self._weight_pair(candidate, node, position, tensor, stored, "name", "")
-        return self._weight_by_structure(node, position, tensor, stored)
-
-    def _weight_pair(
-        self,
-        name: str,
-        q_node: Node,
-        position: int,
-        tensor: QuantizedTensor | None,
-        stored: str,
-        matched_by: str,
-        note: str,
-        reference: Callable[[], NDArray[Any]] | None = None,
-        float_node: Node | None = None,
-    ) -> WeightPair | None:
-        consumers = self.f.consumers.get(name, ())
-        twin = self.f.node_by_name.get(q_node.name)
-        node = float_node or next((c for c in consumers if c is twin), None)
-        if node is None:
-            node = next(iter(consumers), None)
-        if node is None:
-            return None
-        shape = self.f.info(name).shape
-        if shape is None or self.f.constant(name) is None:
-            value = constant_value(self.f, name)
-            shape = value.shape if value is not None else ()
-        at = node.inputs.index(name) if name in node.inputs else position
-        kind = tensor.kind if tensor is not None else "weight"
-        if kind == "weight" and at == 2 and node.op_type in ("Conv", "ConvTranspose", "Gemm"):
-            kind = "bias"
-
-        def value_of() -> NDArray[Any]:
-            value = constant_value(self.f, name)
-            assert value is not None
-            return value
-
-        return WeightPair(
-            name=name,
-            node=node,
-            kind=kind,
-            quantized=tensor,
-            quantized_name=stored,
-            reference=reference or value_of,
-            channel_axis=weight_channel_axis(node, at, len(shape)),
-            matched_by=matched_by,
-            note=note,
-        )
-
-    def _weight_by_structure(
-        self, node: Node, position: int, tensor: QuantizedTensor | None, stored: str
-    ) -> WeightPair | None:
-        """The float constant at the same input of the node that computes the same tensor."""
-        twin = self.f.node_by_name.get(node.name)
-        if twin is None or twin.op_type != node.op_type:
-            twin = self._twin_by_output(node)
-        if twin is None:
-            return None
-        at = {"QLinearConv": {3: 1, 8: 2}, "QGemm": {3: 1, 6: 2}, "QLinearMatMul": {3: 1}}.get(
-            node.op_type, {}
-        ).get(position, position)
-        fold = self._batch_normalization_behind(twin)
-        if fold is not None and at in (1, 2):
-            return self._folded(twin, fold, at, node, tensor, stored)
-        if at >= len(twin.inputs) or constant_value(self.f, twin.inputs[at]) is None:
-            return None
-        return self._weight_pair(
-            twin.inputs[at], node, at, tensor, stored, "structure", "", float_node=twin
-        )
-
-    def _twin_by_output(self, node: Node) -> Node | None:
-        """The float node whose result (through a folded BatchNormalization) `node` computes."""
-        for output in node.outputs:
-            base = output
-            for suffix in _SUFFIXES:
-                base = base.removesuffix(suffix)
-            maker = self.f.producers.get(base)
-            if maker is None:
-                continue
-            if (
-                maker.op_type in ("BatchNormalization", "Add", "Mul")
-                and maker.op_type != node.op_type
-            ):
-                sources = [self.f.producers.get(i) for i in maker.inputs]
-                maker = next((s for s in sources if s and s.op_type == node.op_type), maker)
-            return maker
-        return None
-
-    def _batch_normalization_behind(self, conv: Node) -> Node | None:
-        if conv.op_type not in ("Conv", "ConvTranspose"):
-            return None
-        consumers = self.f.consumers.get(conv.outputs[0], ())
-        if len(consumers) != 1 or consumers[0].op_type != "BatchNormalization":
-            return None
-        return consumers[0] if conv.outputs[0] not in self.q_tensors else None
-
-    def _folded(
-        self,
-        conv: Node,
-        normalization: Node,
-        at: int,
-        q_node: Node,
-        tensor: QuantizedTensor | None,
-        stored: str,
-    ) -> WeightPair | None:
-        values = [constant_value(self.f, i) for i in normalization.inputs[1:5]]
-        weight = constant_value(self.f, conv.inputs[1])
-        if any(v is None for v in values) or weight is None:
-            return None
-        gamma, beta, mean, variance = (np.asarray(v, np.float64) for v in values)
-        gain = gamma / np.sqrt(variance + float(normalization.attributes.get("epsilon", 1e-5)))
-        has_bias = len(conv.inputs) > 2 and conv.inputs[2]
-
-        def folded_weight() -> NDArray[Any]:
-            shape = [1] * weight.ndim
-            if conv.op_type == "Conv":
-                shape[0] = -1
-                return np.asarray(weight * gain.reshape(shape))
-            groups = int(conv.attributes.get("group", 1))
-            shape[1] = -1
-            per_group = gain.reshape(groups, -1)
-            rows = np.repeat(per_group, weight.shape[0] // groups, axis=0)
-            return np.asarray(weight * rows.reshape(rows.shape + (1,) * (weight.ndim - 2)))
-
-        def folded_bias() -> NDArray[Any]:
-            bias = constant_value(self.f, conv.inputs[2]) if has_bias else 0.0
-            return np.asarray((np.asarray(bias, np.float64) - mean) * gain + beta)
-
-        name = (
-            conv.inputs[1] if at == 1 else (conv.inputs[2] if has_bias else normalization.inputs[2])
-        )
-        node = conv if at == 1 or has_bias else normalization
-        return self._weight_pair(
-            name, q_node, at, tensor, stored, "structure",
-            f"compared after folding BatchNormalization {normalization.name}",
-            reference=folded_weight if at == 1 else folded_bias, float_node=node,
-        )  # fmt: skip
-
-    def _lone_weights(self, matched: set[str]) -> list[Unmatched]:
-        found = []
-        for node in self.f.nodes:
-            for position, name in enumerate(node.inputs):
-                if name in matched or name not in self.f.constant_names:
-                    continue
-                matched.add(name)
-                info = self.f.info(name)
-                value = self.f.constant(name)
-                dtype = info.dtype if value is None else value.dtype.name
-                if dtype not in FLOAT_DTYPES:
-                    continue
-                kind = "bias" if position == 2 and node.op_type in ("Conv", "Gemm") else "weight"
-                reason = "not in the quantized model"
-                if node.op_type == "BatchNormalization" and node.outputs[0] not in (
-                    n.outputs[0] for n in self.q.nodes if n.op_type == "BatchNormalization"
-                ):
-                    reason = f"folded with BatchNormalization {node.name}"
-                elif node.op_type in RECTIFIERS:
-                    reason = f"limit of {node.op_type} {node.name}, which is folded into Q"
-                elif node.name not in self.q.node_by_name:
-                    reason = f"its node {node.name} was fused or removed by pre-processing"
-                found.append(Unmatched(name=name, kind=kind, model="float", reason=reason))
+    def in_float(self, before: str, root: str, plain: str) -> list[str]:
+        """Nodes that compute with what Q reads, from `plain` on, before it is quantized."""
+        found: list[str] = []
+        for name in self.way(before):
+            maker = self.q.producers.get(name)
+            if maker is not None and maker.op_type == DQ:
+                break
+            for node in self.q.consumers.get(name, ()):
+                moved = any(self.qv.root.get(o) == root for o in node.outputs)
+                if node.op_type not in (Q, DQ, "DynamicQuantizeLinear") and not moved:
+                    found.append(node.name)
+            if name == plain:
+                break
         return found
 
+    def pair(
+        self,
+        name: str,
+        root: str,
+        twin: Twin,
+        plain: str = "",
+        marks: Collection[str] = (),
+    ) -> ActivationPair:
+        """The pair of a float tensor.
 
-def _by_position(
-    float_side: list[Any], quantized_side: list[Any], what: str, notes: list[str]
-) -> dict[str, str]:
-    names = {v.name for v in quantized_side}
-    mapping = {v.name: v.name for v in float_side if v.name in names}
-    if len(mapping) == len(float_side):
-        return mapping
-    rest_f = [v for v in float_side if v.name not in mapping]
-    rest_q = [v for v in quantized_side if v.name not in mapping.values()]
-    if len(rest_f) == len(rest_q):
-        for a, b in zip(rest_f, rest_q, strict=True):
-            mapping[a.name] = b.name
-            notes.append(f"{what} {a.name} is called {b.name} in the quantized model (by position)")
-    return mapping
+        Args:
+            name: the float tensor.
+            root: of its value.
+            twin: the quantized value.
+            plain: the quantized model's tensor where nothing quantizes the value.
+            marks: the tensors of all pairs of this value, `plain` among them.
+        """
+        tensors = self.quantized.get(twin.root, [])
+        if len(marks) > 1:
+            own = [
+                t
+                for t in tensors
+                if next((n for n in self.way(t.name) if n in marks), plain) == plain
+            ]
+            tensors = own or tensors
+        output = self.outputs.get(name)
+        tensor = next((t for t in tensors if t.after == output is not None), None)
+        # A pair that is only quantized once more is not what consumers read.
+        read = [t for t in tensors if self.read(t)] or tensors
+        if tensor is None and self.by_base.get(name) in read:
+            tensor = self.by_base[name]
+        if tensor is None:
+            tensor = next(iter(read), None)
+        known = self.alignment.rectifiers.get(root)
+        rectifier = known.node if known is not None else self.folded_rectifier(root, twin.root)
+        named = self.by_name(name, twin.root)
+        notes = []
+        if rectifier is not None:
+            notes.append(f"{rectifier.op_type} is folded into Q")
+        stages = self.stages(tensor, plain if len(marks) > 1 else "") if tensor is not None else []
+        notes += dict.fromkeys(stage.note for stage in stages if stage.note)
+        if len(stages) > 1:
+            notes.append(f"{len(stages)} pairs of Q and DQ in a row")
+        if twin.permutation is not None:
+            notes.append(f"the quantized model has its axes in another order {twin.permutation}")
+        notes += [
+            f"{', '.join(self.read(other))} reads {other.name} instead, {other.qparams.dtype} "
+            "with a scale of its own"
+            for other in read
+            if tensor is not None
+            and other is not tensor
+            and self.read(other)
+            and not _same_qparams(other.qparams, tensor.qparams)
+        ]
+        before = stages[0].before if stages else None
+        if before is not None and rectifier is None:
+            direct = self.in_float(before, twin.root, plain if len(marks) > 1 else "")
+            if direct:
+                notes.append(f"{', '.join(direct[:4])} reads it in float")
+        both = tuple((s.q_qparams or s.qparams, s.qparams) for s in stages)
+        plain = plain or self.qv.tensor(twin.root)
+        if output is not None and self.qv.root.get(output) == twin.root and tensor is None:
+            plain = output
+        maker = self.fv.maker.get(root)
+        return ActivationPair(
+            name=name,
+            node=self.f.producers.get(name) or (maker.node if maker is not None else None),
+            before=before,
+            after=tensor.name if tensor is not None else plain,
+            integers=tensor is not None and tensor.after is None,
+            qparams=tensor.qparams if tensor is not None else None,
+            rectifier=rectifier,
+            matched_by="name" if named else "structure",
+            note="; ".join(notes),
+            permutation=twin.permutation,
+            stages=both if len(both) > 1 or any(a is not b for a, b in both) else (),
+        )
+
+    def folded_rectifier(self, root: str, other: str) -> Node | None:
+        """The float model's Relu or Clip that the quantized model leaves to Q, moved or not."""
+        mine = self.fv.maker.get(origin(root, self.fv))
+        its = self.qv.maker.get(origin(other, self.qv))
+        if mine is None or mine.kind not in RECTIFIERS or other not in self.quantized:
+            return None
+        if its is not None and (its.kind in (*RECTIFIERS, "Max", "Min") or its.activation):
+            return None
+        return mine.node
+
+    def fuse(self, name: str, into: str, reason: str, kind: str = "activation") -> None:
+        self.fused[name] = Unmatched(
+            name=name, kind=kind, model="float", reason=reason, fused_into=into
+        )
+
+    def folded(self) -> None:
+        """Values that became a part of a compared one."""
+        for root in self.alignment.folded:
+            into = root
+            while into in self.alignment.folded:
+                into = self.alignment.folded[into]
+            target = next((m for m in self.fv.members.get(into, ()) if m in self.pairs), None)
+            if target is None:
+                continue
+            for member in self.fv.members[root]:
+                if member in self.pairs:
+                    continue
+                reason = f"fused into {target}"
+                if root in self.alignment.same:
+                    reason = f"the same values as {target}: the node between them was removed"
+                self.fuse(member, target, reason)
+
+    def observed(self, observed: Observed) -> None:
+        """Pairs by content what is still alone."""
+        lone = {n: s for n, s in observed.float_values.items() if n in self.fv.root}
+        lone = {n: s for n, s in lone.items() if n not in self.pairs and n not in self.fused}
+        free = {n: s for n, s in observed.quantized_values.items() if n in self.qv.root}
+        used = self.used_roots()
+        free = {n: s for n, s in free.items() if self.qv.root[n] not in used}
+        for name, found in find_activations(lone, free).items():
+            if self.refused(name):
+                continue
+            twin = Twin(self.qv.root[found.name], found.permutation)
+            pair = self.pair(name, self.fv.root[name], twin)
+            note = f"found by content (correlation {found.correlation:.4f})"
+            note = "; ".join(n for n in (note, pair.note) if n)
+            self.pairs[name] = replace(pair, matched_by="content", note=note)
+
+    def used_roots(self) -> set[str]:
+        return {
+            self.qv.root[name]
+            for pair in self.pairs.values()
+            for name in (pair.before, pair.after)
+            if name in self.qv.root
+        }
+
+    def unpaired(self) -> list[str]:
+        """One tensor for each computed value of the quantized model that no pair uses."""
+        used = self.used_roots()
+        found = []
+        for root, members in self.qv.members.items():
+            if root in used:
+                continue
+            tensor = next(iter(self.quantized.get(root, ())), None)
+            name = self.qv.tensor(root)
+            if tensor is not None and tensor.after is not None:
+                name = tensor.after
+            if self.q.info(name).dtype in (*FLOAT_DTYPES, "unknown") and name in members:
+                found.append(name)
+        return found
+
+    # -- what has no pair ------------------------------------------------------------------------
+
+    def float_tensors(self) -> list[str]:
+        """See `Matching.float_tensors`."""
+        names = [i.name for i in self.f.inputs]
+        names += [n for n in self.f.constant_names if n not in self.f.producers]
+        names[len(self.f.inputs) :] = sorted(names[len(self.f.inputs) :])
+        names += [o for n in self.f.nodes for o in n.outputs if o]
+        return [n for n in dict.fromkeys(names) if self.floating(n)]
+
+    def floating(self, name: str) -> bool:
+        dtype = self.f.info(name).dtype
+        if dtype == "unknown" and name in self.fv.constants:
+            value = constant_value(self.f, name)
+            dtype = "unknown" if value is None else value.dtype.name
+        return dtype in (*FLOAT_DTYPES, "unknown")
+
+    def lone(self, name: str) -> Unmatched:
+        """Why a float tensor is in no pair."""
+        if self.refused(name):
+            kind = "activation" if name in self.fv.root else "weight"
+            return Unmatched(name=name, kind=kind, model="float", reason="refused by hand")
+        if name in self.fused:
+            return self.fused[name]
+        if name in self.fv.constants:
+            return self.lone_constant(name)
+        return Unmatched(name=name, kind="activation", model="float", reason=self.why_missing(name))
+
+    def why_missing(self, name: str) -> str:
+        root = self.fv.root[name]
+        node = self.fv.maker.get(root)
+        if not self.fv.readers.get(root) and root not in self.fv.outputs:
+            return "nothing reads it"
+        if node is None:
+            return "the quantized model has no such input"
+        values = self.alignment.values
+        if node.kind in MOVEMENT:
+            return (
+                f"layout changed: {node.node.name} ({node.node.op_type}) moves values that the "
+                "quantized model moves in other steps"
+            )
+        inputs = [d for d in node.data if d not in ("=", "")]
+        readers = self.fv.readers.get(root, ())
+        if all(d in values for d in inputs) and all(
+            o in values for r in readers for o in r.outputs if o
+        ):
+            return "inside a fused or rewritten part of the quantized model"
+        if node.node.name in self.q.node_by_name:
+            return f"its node {node.node.name} reads or computes something else there"
+        return f"its node {node.node.name} was removed or rewritten by pre-processing"
+
+    def lone_constant(self, name: str) -> Unmatched:
+        readers = self.f.consumers.get(name, ())
+        reader = next(iter(readers), None)
+        bias = reader is not None and name in reader.inputs[2:3]
+        bias = bias and reader is not None and reader.op_type in ("Conv", "ConvTranspose", "Gemm")
+        kind = "bias" if bias else "weight"
+        into = self.weights.part_of(name)
+        if into:
+            return Unmatched(
+                name=name, kind=kind, model="float", reason=f"fused into {into}", fused_into=into
+            )
+        if reader is None:
+            reason = "nothing reads it"
+            if name in self.outputs:
+                reason = "a graph output that is constant"
+        else:
+            # A limit of a folded Clip, or a parameter of a node that became a part of another.
+            for node in readers:
+                for output in node.outputs:
+                    root = self.fv.root.get(output, "")
+                    rectifier = self.alignment.rectifiers.get(root)
+                    folded = self.fused.get(output)
+                    if rectifier is not None and rectifier.node is node and output in self.pairs:
+                        into, what = output, f"limit of {node.op_type} {node.name}, folded into Q"
+                    elif folded is not None and folded.fused_into:
+                        into, what = folded.fused_into, f"fused into {folded.fused_into}"
+                    else:
+                        continue
+                    return Unmatched(
+                        name=name, kind=kind, model="float", reason=what, fused_into=into
+                    )
+            reason = self.why_constant(name, reader)
+        return Unmatched(name=name, kind=kind, model="float", reason=reason)
+
+    def why_constant(self, name: str, reader: Node) -> str:
+        if any(o in self.fv.constants for o in reader.outputs):
+            return f"what {reader.name} makes of it has no twin"
+        if reader.name in self.alignment.apart:
+            apart = self.alignment.apart[reader.name].node.name
+            return f"folded here, while the quantized model keeps BatchNormalization {apart} apart"
+        if name not in reader.inputs:
+            return f"read inside {reader.name}, where no constant of the quantized model fits"
+        if reader.name in self.alignment.nodes:
+            return f"the quantized model's {self.alignment.nodes[reader.name]} has no such constant"
+        return f"its node {reader.name} was fused or removed by pre-processing"
+
+    # -- all of it -------------------------------------------------------------------------------
+
+    def matching(self, observed: Observed | None) -> Matching:
+        pinned = {n: o for n, o in self.pins.items() if o is not None and n in self.fv.constants}
+        self.weights.find(pinned)
+        self.activations()
+        if observed is not None:
+            self.observed(observed)
+        self.folded()
+        for name in filter(self.refused, self.pins):
+            self.pairs.pop(name, None)
+            self.weights.pairs.pop(name, None)
+            self.weights.scoped[:] = [w for w in self.weights.scoped if w.name != name]
+        self.lies()
+        for lies in self.alignment.untrusted:
+            self.notes.append(
+                f"{lies} names of the float model belong to other tensors in the quantized model: "
+                "names were not used, graph edges and content decided"
+            )
+        float_tensors = self.float_tensors()
+        weights = {n: w for n, w in self.weights.pairs.items() if n not in self.pairs}
+        # A body's own constants may share their names with tensors of the main graph.
+        main = self.f.node_by_name
+        captured = [w for w in self.weights.scoped if main.get(w.node.name) is w.node]
+        known = {*self.pairs, *weights, *(w.name for w in captured)}
+        lone = [self.lone(n) for n in float_tensors if n not in known]
+        lone = [self.settled(u, known) for u in lone]
+        if self.scheme.formats == (QuantFormat.FLOAT,):
+            self.notes.append(
+                "the second model carries no quantization; two float models are compared"
+            )
+        order = {name: at for at, name in enumerate(self.fv.root)}
+        return Matching(
+            scheme=self.scheme,
+            activations=tuple(sorted(self.pairs.values(), key=lambda p: order[p.name])),
+            weights=(*in_order(weights.values(), self.f), *self.weights.scoped),
+            outputs=self.outputs,
+            inputs=self.inputs,
+            unmatched=(*self.weights.unmatched(), *lone),
+            notes=tuple(self.notes),
+            float_tensors=tuple(float_tensors),
+            node_pairs=dict(self.alignment.nodes),
+            conversions=self.conversions,
+            skipped=tuple(
+                Skipped(name=node, kind="node", model="quantized", reason=reason)
+                for node, reason in self.scheme.skipped.items()
+            ),
+            not_observed=tuple(self.in_bodies()),
+            unpaired=tuple(self.unpaired()),
+        )
+
+    def settled(self, lone: Unmatched, known: Collection[str]) -> Unmatched:
+        """A tensor is fused only into one that is compared: a pin may have refused that."""
+        if not lone.fused_into or lone.fused_into in known:
+            return lone
+        reason = f"a part of {lone.fused_into}, which is not compared"
+        return replace(lone, reason=reason, fused_into="")
+
+    def in_bodies(self) -> Iterable[Skipped]:
+        for body in self.f.bodies:
+            for node in body.nodes:
+                if node.op_type != "Constant":
+                    for output in filter(None, node.outputs):
+                        yield Skipped(
+                            name=f"{body.path}/{output}",
+                            kind="tensor",
+                            model="float",
+                            reason=f"it lies inside {body.owner}, whose tensors cannot be read",
+                        )
+
+    def lies(self) -> None:
+        """Says where names agree and mean something else."""
+        found = []
+        for name, pair in self.pairs.items():
+            other = self.qv.root.get(name)
+            mine = self.qv.root.get(pair.after)
+            if other is None or mine is None or other == mine or pair.matched_by == "pin":
+                continue
+            if self.alignment.values.get(self.fv.root[name]) is not None:
+                found.append(f"{name} is {pair.after}")
+        if found:
+            self.notes.append(
+                f"{len(found)} tensors have a name that another tensor bears in the quantized "
+                f"model; graph edges decided, e.g. {found[0]}"
+            )
 
 
-def match_tensors(float_model: Model, quantized_model: Model) -> Matching:
+def _unknown(name: str, model: Model, known: Collection[str]) -> ModelError:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return ModelError(
+        f"{model.name} has no tensor {name!r}; the nearest names are "
+        + ", ".join(repr(n) for n in near),
+        hint="Use one of these names.",
+    )
+
+
+def match_tensors(
+    float_model: Model,
+    quantized_model: Model,
+    *,
+    pins: Sequence[Pin] = (),
+    observed: Observed | None = None,
+) -> Matching:
     """All tensor pairs of two models.
 
-    Content is not looked at: a tensor that neither its name nor its place in the graph identifies
-    is listed in `Matching.unmatched`.
+    Args:
+        float_model: the float model.
+        quantized_model: its quantized twin.
+        pins: matches set by hand, which every rule gives way to. Shapes are not checked here.
+        observed: what `to_observe` asked for, to find more activations by their values.
+
+    Raises:
+        ModelError: a pin names a tensor that is not there, or pairs a constant with a computed one.
     """
-    matcher = _Matcher(float_model, quantized_model)
-    notes: list[str] = []
-    inputs = _by_position(list(float_model.inputs), list(quantized_model.inputs), "input", notes)
-    outputs = _by_position(
-        list(float_model.outputs), list(quantized_model.outputs), "output", notes
-    )
-    weights = matcher.weights()
-    activations = matcher.activations(outputs)
-    if matcher.scheme.formats == (QuantFormat.FLOAT,):
-        notes.append("the second model carries no quantization; two float models are compared")
-    for node, reason in matcher.scheme.skipped.items():
-        matcher.loners.append(
-            Unmatched(name=node, kind="activation", model="quantized", reason=reason)
-        )
-    return Matching(
-        scheme=matcher.scheme,
-        activations=tuple(activations),
-        weights=tuple(weights),
-        outputs=outputs,
-        inputs=inputs,
-        unmatched=tuple(matcher.loners),
-        notes=tuple(notes),
-    )
+    return _Matcher(float_model, quantized_model, pins).matching(observed)
+
+
+def to_observe(matching: Matching) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names in the float and in the quantized model whose values would help to match more.
+
+    Both are empty where nothing is left on either side.
+    """
+    names = {
+        u.name
+        for u in matching.unmatched
+        if not u.fused_into
+        and u.model == "float"
+        and u.kind == "activation"
+        and u.reason not in ("refused by hand", "nothing reads it")
+    }
+    lone = tuple(n for n in matching.float_tensors if n in names)
+    return (lone, matching.unpaired) if lone and matching.unpaired else ((), ())

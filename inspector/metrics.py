@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -65,8 +65,32 @@ def powers(reference: NDArray[Any], actual: NDArray[Any]) -> NDArray[np.float64]
     x = np.asarray(reference, np.float64).ravel()
     with np.errstate(invalid="ignore", over="ignore"):
         error = x - np.asarray(actual, np.float64).ravel()
-        # Not `x @ x`: BLAS threads and the runtime's own get into each other's way.
-        return np.array([np.einsum("i,i->", v, v) for v in (x, error)])
+        return np.array([_dot(v, v) for v in (x, error)])
+
+
+# Rows of this length are multiplied without threads: BLAS's and the runtime's own get into each
+# other's way. Below the second length einsum is faster.
+_ROW = 4096
+_SHORT = 64
+
+
+def _dot(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Sum of a*b of two flat arrays."""
+    cut = a.size - a.size % _ROW
+    rest = float(np.einsum("i,i->", a[cut:], b[cut:]))
+    if not cut:
+        return rest
+    return rest + float(np.vecdot(a[:cut].reshape(-1, _ROW), b[:cut].reshape(-1, _ROW)).sum())
+
+
+def _channel_dots(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum of a*b per channel, of arrays of shape (outer, channels, inner)."""
+    if a.shape[1] == 1:
+        return np.array([_dot(a.ravel(), b.ravel())])
+    if not _SHORT <= a.shape[2] <= 2 * _ROW:
+        sums: NDArray[np.float64] = np.einsum("oci,oci->c", a, b)
+        return sums
+    return np.asarray(np.vecdot(a, b).sum(axis=0))
 
 
 def cosine_similarity(reference: NDArray[Any], actual: NDArray[Any]) -> float:
@@ -89,7 +113,7 @@ class ErrorTotals:
         noise: sum of (reference - actual)^2, same shape.
         actual_power: sum of actual^2, same shape.
         dot: sum of reference*actual, same shape.
-        max_abs_error: largest |reference - actual|.
+        max_abs_error: largest |reference - actual|; nan where an element is not finite.
         count: number of elements.
         nonfinite_reference: NaN and infinite elements of the reference.
         nonfinite_actual: NaN and infinite elements of the actual array.
@@ -123,16 +147,12 @@ class ErrorTotals:
         y = np.asarray(actual, np.float64).reshape(shape)
         with np.errstate(invalid="ignore", over="ignore"):
             error = x - y
-
-            def power(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-                sums: NDArray[np.float64] = np.einsum("oci,oci->c", a, b)
-                return sums
-
-            signal, actual_power = power(x, x), power(y, y)
-            noise, dot = power(error, error), power(x, y)
-            np.abs(error, out=error)
-            max_abs_error = float(error.max()) if error.size else 0.0
+            signal, actual_power = _channel_dots(x, x), _channel_dots(y, y)
+            noise, dot = _channel_dots(error, error), _channel_dots(x, y)
+            max_abs_error = max(float(error.max()), -float(error.min())) if error.size else 0.0
         finite = bool(np.isfinite(signal).all() and np.isfinite(actual_power).all())
+        if not finite:
+            max_abs_error = math.nan
         return cls(
             signal=signal,
             noise=noise,
@@ -172,28 +192,45 @@ class ErrorTotals:
     @property
     def channel_sqnr_db(self) -> NDArray[np.float64]:
         """SQNR of each channel, dB, shape (channels,)."""
-        return np.array(
-            [decibels(float(s), float(n)) for s, n in zip(self.signal, self.noise, strict=True)]
-        )
+        signal, noise = self.signal, self.noise
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: NDArray[np.float64] = 10.0 * (np.log10(signal) - np.log10(noise))
+        found[noise == 0] = np.inf
+        found[~(np.isfinite(signal) & np.isfinite(noise))] = np.nan
+        return found
 
     @property
     def cosine_similarity(self) -> float:
         """Cosine over all channels (see `cosine_similarity`)."""
         x, y, xy = (float(v.sum()) for v in (self.signal, self.actual_power, self.dot))
+        if not (math.isfinite(x) and math.isfinite(y)):
+            return math.nan
         if x == 0 and y == 0:
             return 1.0
         if x == 0 or y == 0:
             return 0.0
         if float(self.noise.sum()) == 0:
             return 1.0
-        if not (math.isfinite(x) and math.isfinite(y)):
-            return math.nan
         return max(-1.0, min(1.0, xy / math.sqrt(x) / math.sqrt(y)))
 
     @property
     def mse(self) -> float:
-        """Mean squared error, the tensor's unit squared, lower is better; 0 for an empty array."""
-        return float(self.noise.sum()) / self.count if self.count else 0.0
+        """Mean squared error, the tensor's unit squared, lower is better; 0 for an empty array.
+
+        nan where either holds NaN or infinity.
+        """
+        total = float(self.noise.sum())
+        if not math.isfinite(total):
+            return math.nan
+        return total / self.count if self.count else 0.0
+
+    def unknown(self) -> ErrorTotals:
+        """The same with no figure to be had, for values that rest on NaN though none shows."""
+        nothing = np.full_like(self.signal, math.nan)
+        return replace(
+            self, signal=nothing, noise=nothing, actual_power=nothing, dot=nothing,
+            max_abs_error=math.nan,
+        )  # fmt: skip
 
     def slice(self, start: int, stop: int) -> ErrorTotals:
         """Totals of channels start..stop-1 (`max_abs_error` and counts stay those of the whole)."""

@@ -1,16 +1,15 @@
-"""The one door to ONNX files.
+"""A model as it is looked at: nodes, tensors, bodies, constants.
 
-A `Model` is a private, read-only view of one file: nodes have unique non-empty names, external
-data are read in, and look-ups by tensor or node are dictionaries. The user's file is never
-written. What had to be changed in the private copy is said in `Model.notes`.
+A `Model` is a private, read-only view of one file: nodes have unique non-empty names, look-ups by
+tensor or node are dictionaries, and large external data stay on disk until they are asked for.
+What had to be changed in the private copy is said in `Model.notes`. Files are read and written by
+`model_files`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,30 +17,50 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.defs
-import onnx.external_data_helper
+import onnx.checker
 import onnx.numpy_helper
 import onnx.shape_inference
-from google.protobuf.message import DecodeError
+import onnx.version_converter
+from google.protobuf.message import DecodeError, EncodeError
 from numpy.typing import NDArray
+from onnx import AttributeProto, TensorProto
 
 from inspector.errors import ModelError
 
-MAX_OPSET: int = onnx.defs.onnx_opset_version()
 FLOAT_DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+# A protobuf message cannot be larger.
+PROTO_BYTES = 2**31 - 1
 
-# The first bytes of files that people hand over by mistake, and what each of them is.
-_SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"version https://git-lfs", "a Git LFS pointer",
-     "Run `git lfs pull` and load the file again."),
-    (0, b"PK\x03\x04", "a zip archive (a PyTorch checkpoint or a packed model)",
-     "Export the model to ONNX, or unpack the archive and load the .onnx file in it."),
-    (4, b"TFL3", "a TensorFlow Lite model", "Convert it to ONNX with tf2onnx and load the result."),
-    (0, b"\x80\x02", "a Python pickle", "Export the model to ONNX and load the .onnx file."),
-    (0, b"\x89HDF", "an HDF5 file",
-     "Convert the Keras model to ONNX with tf2onnx and load the result."),
-    (4, b"ORTM", "an ORT-format model", "Load the .onnx file it was converted from."),
-)  # fmt: skip
+# What ONNX's own passes raise on graphs they cannot handle.
+ONNX_ERRORS = (
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    onnx.version_converter.ConvertError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    DecodeError,
+    EncodeError,
+)
+
+
+# numpy's type by ONNX's number; those that numpy lacks come from ml_dtypes.
+DTYPES: dict[int, np.dtype[Any]] = {
+    number: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(number))
+    for number in TensorProto.DataType.values()
+    if number != TensorProto.UNDEFINED
+}
+# How many bits an element takes in raw data, where that is not the size of numpy's type.
+PACKED_BITS: dict[int, int] = {
+    **dict.fromkeys((TensorProto.INT2, TensorProto.UINT2), 2),
+    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
+    **dict.fromkeys((TensorProto.FLOAT6E2M3, TensorProto.FLOAT6E3M2), 6),
+}
+
+
+def shown(name: str) -> str:
+    """A name from a file as messages show it: quoted, control characters escaped, cut at 80."""
+    return repr(name if len(name) <= 80 else f"{name[:77]}…")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +69,9 @@ class TensorInfo:
 
     Attributes:
         name: the tensor's name.
-        dtype: numpy's name of the element type (``"float32"``, ``"int64"``, ``"string"``,
-            ``"bfloat16"`` …); ``"unknown"`` where it cannot be inferred.
+        dtype: numpy's name of the element type (``"float32"``, ``"int64"``, ``"bfloat16"``,
+            ``"float8_e4m3fn"``, ``"int4"`` …), ``"string"`` for strings; ``"unknown"`` where it
+            cannot be inferred.
         shape: dimensions, None or a symbol where dynamic; None where the rank is unknown.
     """
 
@@ -61,17 +81,38 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Node:
-    """One node of the main graph.
+class ExternalTensor:
+    """Where the values of an initializer lie that stayed on disk.
 
     Attributes:
-        index: position in the file, which is a topological order.
-        name: unique and not empty.
+        name: the tensor's name.
+        file: the file, links resolved.
+        offset: of its first byte.
+        length: in bytes.
+        dtype: numpy's name of the element type.
+        shape: its dimensions.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """One node of a graph.
+
+    Attributes:
+        index: position in the graph, which is a topological order.
+        name: unique in its graph and not empty.
         op_type: e.g. ``"Conv"``.
         domain: ``""`` for ai.onnx.
         inputs: tensor names; ``""`` for an absent optional input.
-        outputs: tensor names.
-        captured: tensors of the main graph that bodies of If, Loop or Scan read.
+        outputs: tensor names; may be empty.
+        captured: tensors of the graphs around it that bodies of If, Loop or Scan read.
         attributes: plain Python values; tensors as arrays, bodies left out.
     """
 
@@ -85,37 +126,45 @@ class Node:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _dtype_name(elem_type: int) -> str:
-    if elem_type == 0:
-        return "unknown"
-    if elem_type == onnx.TensorProto.STRING:
+def dtype_name(elem_type: int) -> str:
+    if elem_type == TensorProto.STRING:
         return "string"
-    return str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)).name)
+    return str(DTYPES[elem_type].name) if elem_type in DTYPES else "unknown"
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
     tensor = value.type.tensor_type
     shape: tuple[int | str | None, ...] | None = None
     if tensor.HasField("shape"):
+        # A negative dimension is what some exporters write for a dynamic one.
         shape = tuple(
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+            (d.dim_value if d.dim_value >= 0 else None)
+            if d.HasField("dim_value")
+            else (d.dim_param or None)
             for d in tensor.shape.dim
         )
-    return TensorInfo(name=value.name, dtype=_dtype_name(tensor.elem_type), shape=shape)
+    return TensorInfo(name=value.name, dtype=dtype_name(tensor.elem_type), shape=shape)
 
 
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def _named_bodies(node: onnx.NodeProto) -> Iterator[tuple[str, onnx.GraphProto]]:
     for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
+        # A file may fill fields that the type does not read; nobody else looks at them either.
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.name, attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            for at, body in enumerate(attribute.graphs):
+                yield f"{attribute.name}_{at}", body
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    return (body for _, body in _named_bodies(node))
 
 
 def _captured(graph: onnx.GraphProto) -> Iterator[str]:
     own = {i.name for i in graph.initializer} | {i.name for i in graph.input}
     own.update(output for node in graph.node for output in node.output)
     for node in graph.node:
-        for name in (*node.input, *(n for body in _bodies(node) for n in _captured(body))):
+        for name in (*node.input, *(n for body in bodies_of(node) for n in _captured(body))):
             if name and name not in own:
                 yield name
     for output in graph.output:
@@ -123,74 +172,84 @@ def _captured(graph: onnx.GraphProto) -> Iterator[str]:
             yield output.name
 
 
-def _attribute(attribute: onnx.AttributeProto) -> Any:
+def array_of(tensor: TensorProto) -> NDArray[Any]:
+    if tensor.data_type == TensorProto.STRING:
+        # Bytes that are not UTF-8 are shown with marks instead of refused: nothing computes them.
+        strings = [s.decode("utf-8", "replace") for s in tensor.string_data]
+        return np.array(strings, dtype=object).reshape(tuple(tensor.dims))
+    return np.asarray(onnx.numpy_helper.to_array(tensor))
+
+
+def _attribute(attribute: AttributeProto) -> Any:
     value = onnx.helper.get_attribute_value(attribute)
-    if attribute.type == onnx.AttributeProto.TENSOR:
-        return onnx.numpy_helper.to_array(value)
+    if attribute.type == AttributeProto.TENSOR:
+        return array_of(value)
+    if attribute.type == AttributeProto.TENSORS:
+        return tuple(array_of(each) for each in value)
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if attribute.type in (onnx.AttributeProto.INTS, onnx.AttributeProto.FLOATS):
+    if attribute.type == AttributeProto.STRINGS:
+        return tuple(each.decode("utf-8", "replace") for each in value)
+    if attribute.type in (AttributeProto.INTS, AttributeProto.FLOATS):
         return tuple(value)
     return value
 
 
-class Model:
-    """A private, read-only view of one ONNX file.
+def _stable_names(nodes: Sequence[onnx.NodeProto]) -> tuple[list[str], int, int]:
+    """A unique non-empty name for every node; how many had none, how many shared theirs."""
+    taken: set[str] = set()
+    later: list[int] = []
+    names = [node.name for node in nodes]
+    unnamed = duplicated = 0
+    for at, name in enumerate(names):
+        if not name:
+            unnamed += 1
+            later.append(at)
+        elif name in taken:
+            duplicated += 1
+            later.append(at)
+        taken.add(name)
+    counters: dict[str, int] = {}
+    for at in later:
+        node = nodes[at]
+        output = next((o for o in node.output if o), str(len(taken)))
+        stem = name = f"{node.name or node.op_type}_{output}"
+        while name in taken:
+            counters[stem] = counters.get(stem, 1) + 1
+            name = f"{stem}_{counters[stem]}"
+        names[at] = name
+        taken.add(name)
+    return names, unnamed, duplicated
 
-    Attributes:
-        proto: the model with unique node names and external data read in. Do not change it.
-        path: where it was loaded from; None for one made in memory.
-        sha256: of the file's bytes followed by those of its external data.
-        size_bytes: size of the file and its external data.
-        notes: what was changed in the private copy, one sentence each.
-    """
 
-    def __init__(
-        self,
-        proto: onnx.ModelProto,
-        *,
-        path: Path | None = None,
-        sha256: str = "",
-        size_bytes: int = 0,
-    ) -> None:
-        self.proto = proto
-        self.path = path
-        self.sha256 = sha256
-        self.size_bytes = size_bytes
-        self.notes: tuple[str, ...] = _name_nodes(proto)
+_CONSTANT_FIELDS: tuple[tuple[str, Any], ...] = (
+    ("value", None),
+    ("value_float", np.float32),
+    ("value_floats", np.float32),
+    ("value_int", np.int64),
+    ("value_ints", np.int64),
+    ("value_string", object),
+    ("value_strings", object),
+)
 
-    @property
-    def name(self) -> str:
-        """The file's name, or "model" for one made in memory."""
-        return self.path.name if self.path is not None else "model"
 
-    @property
-    def opset(self) -> int:
-        """Version of the ai.onnx operator set; 1 where the file names none."""
-        return self.opsets.get("", 1)
+class Graph:
+    """What a model's main graph and the bodies inside it have in common: nodes and look-ups."""
 
-    @cached_property
-    def opsets(self) -> dict[str, int]:
-        """Version by domain, ``""`` for ai.onnx."""
-        return {
-            "" if o.domain == "ai.onnx" else o.domain: o.version for o in self.proto.opset_import
-        }
-
-    @property
-    def producer(self) -> str:
-        """What wrote the file, e.g. ``"pytorch 1.11.0"``; ``""`` where unsaid."""
-        return f"{self.proto.producer_name} {self.proto.producer_version}".strip()
+    def __init__(self, proto: onnx.GraphProto, names: Sequence[str]) -> None:
+        self._graph = proto
+        self._node_names = names
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:
-        """The nodes of the main graph in file order."""
+        """The nodes of this graph in file order."""
         nodes = []
-        for index, node in enumerate(self.proto.graph.node):
-            captured = dict.fromkeys(n for body in _bodies(node) for n in _captured(body))
+        for index, (name, node) in enumerate(zip(self._node_names, self._graph.node, strict=True)):
+            captured = dict.fromkeys(n for body in bodies_of(node) for n in _captured(body))
             nodes.append(
                 Node(
                     index=index,
-                    name=node.name,
+                    name=name,
                     op_type=node.op_type,
                     domain="" if node.domain == "ai.onnx" else node.domain,
                     inputs=tuple(node.input),
@@ -199,7 +258,7 @@ class Model:
                     attributes={
                         a.name: _attribute(a)
                         for a in node.attribute
-                        if a.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+                        if a.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
                     },
                 )
             )
@@ -225,8 +284,128 @@ class Model:
         return {name: tuple(nodes) for name, nodes in found.items()}
 
     @cached_property
-    def _initializers(self) -> dict[str, onnx.TensorProto]:
-        return {i.name: i for i in self.proto.graph.initializer}
+    def _initializers(self) -> dict[str, TensorProto]:
+        return {i.name: i for i in self._graph.initializer}
+
+    @cached_property
+    def constant_names(self) -> frozenset[str]:
+        """Initializers and outputs of Constant nodes of this graph."""
+        outputs = (n.outputs[0] for n in self.nodes if _is_constant(n))
+        return frozenset(self._initializers).union(outputs)
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """The value of an initializer or Constant node; None for any other tensor.
+
+        Types that numpy lacks (bfloat16, float8, int4 …) are arrays of ml_dtypes' types, one
+        element each; strings are objects. The array cannot be written to.
+        """
+        if tensor in self._initializers:
+            return array_of(self._initializers[tensor])
+        node = self.producers.get(tensor)
+        if node is None or not _is_constant(node) or node.outputs[0] != tensor:
+            return None
+        for key, dtype in _CONSTANT_FIELDS:
+            if key in node.attributes:
+                return np.asarray(node.attributes[key], dtype)
+        return None
+
+
+def _is_constant(node: Node) -> bool:
+    return node.op_type == "Constant" and not node.domain and any(node.outputs[:1])
+
+
+class Body(Graph):
+    """The body of an If, Loop or Scan, or any other graph that a node holds.
+
+    Names of tensors may repeat those of other bodies; look-ups start inside and go outwards.
+
+    Attributes:
+        path: unique in the model: the nodes around it and the attribute it is, joined by "/",
+            e.g. ``"/model/decoder/If_1/then_branch"``.
+        owner: name of the node that holds it.
+        outer: the graph that node is in.
+        inputs: names of its own inputs (those of Loop and Scan).
+        outputs: names of its outputs.
+    """
+
+    def __init__(self, proto: onnx.GraphProto, *, path: str, owner: str, outer: Graph) -> None:
+        super().__init__(proto, _stable_names(proto.node)[0])
+        self.path = path
+        self.owner = owner
+        self.outer = outer
+        self.inputs = tuple(i.name for i in proto.input)
+        self.outputs = tuple(o.name for o in proto.output)
+
+    @cached_property
+    def _own(self) -> frozenset[str]:
+        return frozenset((*self.inputs, *self.producers, *self._initializers))
+
+    def constant(self, tensor: str) -> NDArray[Any] | None:
+        """As `Graph.constant`, for a name as the nodes of this body read it."""
+        return super().constant(tensor) if tensor in self._own else self.outer.constant(tensor)
+
+
+def _all_bodies(graph: Graph, prefix: str) -> Iterator[Body]:
+    for name, node in zip(graph._node_names, graph._graph.node, strict=True):
+        for attribute, proto in _named_bodies(node):
+            body = Body(proto, path=f"{prefix}{name}/{attribute}", owner=name, outer=graph)
+            yield body
+            yield from _all_bodies(body, f"{body.path}/")
+
+
+class Model(Graph):
+    """A private, read-only view of one ONNX file.
+
+    Attributes:
+        proto: the model with unique node names. Do not change it. Values of the initializers in
+            `external` are not in it: writers of whole models take `complete()`.
+        path: where it was loaded from; None for one made in memory.
+        sha256: of the file's bytes followed by those of its external data.
+        size_bytes: size of the file and its external data.
+        external: initializers whose values stayed on disk, by name; empty for all but large models.
+        notes: what was changed in the private copy, one sentence each.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        *,
+        path: Path | None = None,
+        sha256: str = "",
+        size_bytes: int = 0,
+        external: Mapping[str, ExternalTensor] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        names, more = _name_nodes(proto)
+        super().__init__(proto.graph, names)
+        self.proto = proto
+        self.path = path
+        self.sha256 = sha256
+        self.size_bytes = size_bytes
+        self.external: Mapping[str, ExternalTensor] = dict(external or {})
+        self.notes: tuple[str, ...] = (*notes, *more)
+
+    @property
+    def name(self) -> str:
+        """The file's name, or "model" for one made in memory."""
+        return self.path.name if self.path is not None else "model"
+
+    @property
+    def opset(self) -> int:
+        """Version of the ai.onnx operator set; 1 where the file names none."""
+        return self.opsets.get("", 1)
+
+    @cached_property
+    def opsets(self) -> dict[str, int]:
+        """Version by domain, ``""`` for ai.onnx."""
+        return {
+            "" if o.domain == "ai.onnx" else o.domain: o.version for o in self.proto.opset_import
+        }
+
+    @property
+    def producer(self) -> str:
+        """What wrote the file, e.g. ``"pytorch 1.11.0"``; ``""`` where unsaid."""
+        return f"{self.proto.producer_name} {self.proto.producer_version}".strip()
 
     @cached_property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -240,234 +419,142 @@ class Model:
         return tuple(_tensor_info(o) for o in self.proto.graph.output)
 
     @cached_property
+    def bodies(self) -> tuple[Body, ...]:
+        """The bodies of If, Loop and Scan, nested ones after the body around them."""
+        return tuple(_all_bodies(self, ""))
+
+    @cached_property
     def tensor_infos(self) -> dict[str, TensorInfo]:
         """Type and shape by tensor name, as far as ONNX's shape inference can tell."""
         graph = self.proto.graph
         known = [*graph.input, *graph.output, *graph.value_info]
-        if self.proto.ByteSize() < 2**31 - 1:
-            try:
-                inferred = onnx.shape_inference.infer_shapes(self.proto, data_prop=True).graph
-                known += [*inferred.value_info, *inferred.output]
-            except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-                # A model that ONNX cannot infer may still run: types stay "unknown".
-                pass
+        try:
+            inferred = onnx.shape_inference.infer_shapes(self._skeleton(), data_prop=True).graph
+            known += [*inferred.value_info, *inferred.output]
+        except ONNX_ERRORS:
+            # A model that ONNX cannot infer may still run: types stay "unknown".
+            pass
         infos = {value.name: _tensor_info(value) for value in known}
         for name, tensor in self._initializers.items():
             infos[name] = TensorInfo(
-                name=name, dtype=_dtype_name(tensor.data_type), shape=tuple(tensor.dims)
+                name=name, dtype=dtype_name(tensor.data_type), shape=tuple(tensor.dims)
             )
         return infos
+
+    def _skeleton(self) -> onnx.ModelProto:
+        """The model without large weights: shape inference reads only shapes, and copies all."""
+        graph = self.proto.graph
+        skeleton = onnx.ModelProto(
+            ir_version=self.proto.ir_version,
+            opset_import=self.proto.opset_import,
+            functions=self.proto.functions,
+        )
+        copy = skeleton.graph
+        copy.node.extend(graph.node)
+        copy.output.extend(graph.output)
+        copy.value_info.extend(graph.value_info)
+        copy.input.extend(graph.input)
+        listed = {i.name for i in graph.input}
+        for tensor in graph.initializer:
+            if tensor.data_location == TensorProto.DEFAULT and math.prod(tensor.dims) <= 1024:
+                copy.initializer.append(tensor)
+            elif tensor.name not in listed:
+                copy.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                )
+        return skeleton
 
     def info(self, tensor: str) -> TensorInfo:
         """Type and shape of a tensor, ``"unknown"`` and None where they cannot be inferred."""
         return self.tensor_infos.get(tensor) or TensorInfo(name=tensor, dtype="unknown", shape=None)
 
-    @cached_property
-    def constant_names(self) -> frozenset[str]:
-        """Initializers and outputs of Constant nodes."""
-        outputs = (n.outputs[0] for n in self.nodes if n.op_type == "Constant")
-        return frozenset(self._initializers).union(outputs)
-
     def constant(self, tensor: str) -> NDArray[Any] | None:
-        """The value of an initializer or Constant node; None for any other tensor."""
-        if tensor in self._initializers:
-            return np.asarray(onnx.numpy_helper.to_array(self._initializers[tensor]))
-        node = self.producers.get(tensor)
-        if node is None or node.op_type != "Constant":
-            return None
-        for key, dtype in (
-            ("value", None),
-            ("value_float", np.float32),
-            ("value_floats", np.float32),
-            ("value_int", np.int64),
-            ("value_ints", np.int64),
-        ):
-            if key in node.attributes:
-                return np.asarray(node.attributes[key], dtype)
-        return None
+        """As `Graph.constant`. Values on disk are mapped, so that only what is used is read.
 
-    def with_outputs(self, tensors: Iterable[str]) -> onnx.ModelProto:
-        """A copy whose graph outputs are the model's own plus `tensors`, in that order."""
+        Raises:
+            ModelError: a file with external data is gone or shorter than it was.
+        """
+        if tensor in self.external:
+            return _mapped(self.external[tensor], self._initializers[tensor], self.name)
+        return super().constant(tensor)
+
+    def complete(self) -> onnx.ModelProto:
+        """The model with all values inside, for writers of whole models. Do not change it.
+
+        Raises:
+            ModelError: it is larger than a protobuf can be, or a file with external data is gone.
+        """
+        if not self.external:
+            return self.proto
+        size = sum(e.length for e in self.external.values())
+        if size + self.proto.ByteSize() > PROTO_BYTES:
+            raise ModelError(
+                f"{self.name} holds {size:,} bytes of weights; one protobuf holds at most "
+                f"{PROTO_BYTES:,}",
+                hint="Use a smaller model here: this step needs the whole model in one piece.",
+            )
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        have = {o.name for o in proto.graph.output}
-        for name in dict.fromkeys(tensors):
-            if name not in have:
-                proto.graph.output.add(name=name)
+        for tensor in proto.graph.initializer:
+            if tensor.name in self.external:
+                place = self.external[tensor.name]
+                tensor.raw_data = bytes_at(place, self.name).tobytes()
+                forget_place(tensor)
         return proto
 
 
-def _name_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
+def _name_nodes(proto: onnx.ModelProto) -> tuple[list[str], tuple[str, ...]]:
     """Gives every node of the main graph a unique non-empty name; returns what was changed."""
-    taken: set[str] = set()
-    unnamed = duplicated = 0
-    later: list[onnx.NodeProto] = []
-    for node in proto.graph.node:
-        if not node.name:
-            unnamed += 1
-            later.append(node)
-        elif node.name in taken:
-            duplicated += 1
-            later.append(node)
-        taken.add(node.name)
-    for node in later:
-        output = next((o for o in node.output if o), str(len(taken)))
-        stem = name = f"{node.name or node.op_type}_{output}"
-        counter = 2
-        while name in taken:
-            name = f"{stem}_{counter}"
-            counter += 1
-        node.name = name
-        taken.add(name)
+    names, unnamed, duplicated = _stable_names(proto.graph.node)
+    if unnamed or duplicated:
+        for node, name in zip(proto.graph.node, names, strict=True):
+            if node.name != name:
+                node.name = name
     notes = []
     if unnamed:
         notes.append(
-            f"{unnamed} of {len(proto.graph.node)} nodes have no name; "
+            f"{unnamed} of {len(names)} nodes have no name; "
             "they are called <op type>_<first output> here"
         )
     if duplicated:
         notes.append(
-            f"{duplicated} of {len(proto.graph.node)} nodes share a name with another; "
+            f"{duplicated} of {len(names)} nodes share a name with another; "
             "they are called <name>_<first output> here"
         )
-    return tuple(notes)
+    return names, tuple(notes)
 
 
-def _what_is_it(head: bytes) -> tuple[str, str]:
-    for offset, magic, what, hint in _SIGNATURES:
-        if head[offset : offset + len(magic)] == magic:
-            return what, hint
-    if head.lstrip()[:1] == b"<":
-        return "an HTML or XML page", "Download the file itself, not the page that shows it."
-    return "of no known kind", "Load a file written by an ONNX exporter (it usually ends in .onnx)."
+# -- values on disk ----------------------------------------------------------------------------
 
 
-def load_model(path: str | os.PathLike[str]) -> Model:
-    """The model in a file, with its external data.
+def forget_place(tensor: TensorProto) -> None:
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
 
-    Raises:
-        ModelError: the file is missing, empty, truncated, of another kind, of an opset newer than
-            this installation knows, or its external data are missing or outside its folder.
-    """
-    path = Path(path)
-    shown = path.name or str(path)
-    if path.is_dir():
-        raise ModelError(
-            f"{shown} is a folder, expected an ONNX file", hint="Name the .onnx file in it."
-        )
-    if not path.exists():
-        raise ModelError(f"{path} does not exist", hint="Check the path and its spelling.")
+
+def bytes_at(place: ExternalTensor, what: str) -> NDArray[np.uint8]:
+    """A tensor's bytes, mapped and read-only."""
+    if not place.length:
+        return np.empty(0, np.uint8)
     try:
-        data = path.read_bytes()
+        # A file cut while it is mapped would end the process.
+        if place.file.stat().st_size >= place.offset + place.length:
+            mapped = np.memmap(place.file, np.uint8, "r", place.offset, (place.length,))
+            return np.asarray(mapped)
+        found = f"only {place.file.stat().st_size:,} bytes large"
     except OSError as error:
-        raise ModelError(
-            f"{shown} cannot be read: {error.strerror}", hint="Check the file's permissions."
-        ) from error
-    if not data:
-        raise ModelError(
-            f"{shown} is empty (0 bytes), expected an ONNX model",
-            hint="Export or download the file again.",
-        )
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except DecodeError as error:
-        what, hint = _what_is_it(data[:512])
-        if what == "of no known kind" and data[:1] == b"\x08" and len(data) > 16:
-            what, hint = (
-                f"a truncated or damaged ONNX model ({len(data):,} bytes)",
-                "Export or download the file again.",
-            )
-        raise ModelError(f"{shown} is {what}, expected an ONNX model", hint=hint) from error
-    if not proto.HasField("graph") or not proto.opset_import:
-        what, hint = _what_is_it(data[:512])
-        raise ModelError(f"{shown} is {what}, expected an ONNX model", hint=hint)
-    if not proto.graph.node:
-        raise ModelError(
-            f"{shown} has a graph without nodes", hint="Export the model again with its graph."
-        )
-    for opset in proto.opset_import:
-        if opset.domain in ("", "ai.onnx") and opset.version > MAX_OPSET:
-            raise ModelError(
-                f"{shown} uses ai.onnx opset {opset.version}; "
-                f"this installation knows up to {MAX_OPSET} (onnx {onnx.__version__})",
-                hint=f"Export the model with opset_version={min(MAX_OPSET, 21)} or lower.",
-            )
-    digest = hashlib.sha256(data)
-    size = len(data)
-    for part in _load_external_data(proto, path).values():
-        digest.update(part.read_bytes())
-        size += part.stat().st_size
-    return Model(proto, path=path, sha256=digest.hexdigest(), size_bytes=size)
+        found = f"not readable: {error.strerror}"
+    raise ModelError(
+        f"{what}: the external data {place.file.name} of weight {shown(place.name)} is now {found}",
+        hint=f"Put {place.file.name} back beside {what} and load it again.",
+    )
 
 
-def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    def outside(tensor: onnx.TensorProto) -> bool:
-        return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
-
-    yield from filter(outside, graph.initializer)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from filter(outside, (attribute.t, *attribute.tensors))
-        for body in _bodies(node):
-            yield from _external_tensors(body)
-
-
-def external_files(proto: onnx.ModelProto, path: Path) -> dict[str, Path]:
-    """The external-data files a model names, by location, in order of first use.
-
-    Raises:
-        ModelError: one is missing, or lies outside the model's folder.
-    """
-    found: dict[str, Path] = {}
-    folder = path.parent.resolve()
-    for tensor in _external_tensors(proto.graph):
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if location in found:
-            continue
-        target = (folder / location).resolve()
-        if not location or folder not in target.parents:
-            raise ModelError(
-                f"{path.name}: weight {tensor.name!r} names external data {location!r}, "
-                "which lies outside the model's folder",
-                hint="Save the model again with its external data beside it.",
-            )
-        if not target.is_file():
-            raise ModelError(
-                f"{path.name}: its external data {location!r} is missing from the folder",
-                hint=f"Put {location} beside {path.name} and load it again.",
-            )
-        found[location] = target
-    return found
-
-
-def _load_external_data(proto: onnx.ModelProto, path: Path) -> dict[str, Path]:
-    found = external_files(proto, path)
-    if not found:
-        return found
-    for tensor in _external_tensors(proto.graph):
-        try:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise ModelError(
-                f"{path.name}: external data of weight {tensor.name!r} cannot be read: {error}",
-                hint="Save the model again with its external data beside it.",
-            ) from error
-        tensor.data_location = onnx.TensorProto.DEFAULT
-        del tensor.external_data[:]
-    return found
-
-
-def save_model(model: Model, path: str | os.PathLike[str]) -> None:
-    """Writes the private copy to `path`, atomically; over 2 GB with external data beside it."""
-    write_proto(model.proto, Path(path))
-
-
-def write_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """Writes a model so that `path` holds all of it or what it held before."""
-    if proto.ByteSize() >= 2**31 - 1:
-        onnx.save_model(proto, path, save_as_external_data=True, location=f"{path.name}.data")
-        return
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
-        part.write(proto.SerializeToString())
-    os.replace(part.name, path)
+def _mapped(place: ExternalTensor, tensor: TensorProto, what: str) -> NDArray[Any]:
+    stored = bytes_at(place, what)
+    if tensor.data_type in PACKED_BITS:
+        # Several elements share a byte: they are unpacked, one tensor at a time.
+        packed = TensorProto(data_type=tensor.data_type, dims=tensor.dims)
+        packed.raw_data = stored.tobytes()
+        return array_of(packed)
+    return stored.view(DTYPES[tensor.data_type]).reshape(place.shape)

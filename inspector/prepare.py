@@ -31,7 +31,8 @@ from inspector.errors import (
     ModelError,
     QuantizationError,
 )
-from inspector.model import Model, Node, load_model, write_proto
+from inspector.model import Model, Node
+from inspector.model_files import load_model, write_proto
 from inspector.recipe import QuantConfig, nearest_names
 from inspector.runtime import open_session, runtime_version
 
@@ -135,7 +136,7 @@ def prepare(model: Model, config: QuantConfig, cache: Path) -> Prepared:
         )
     identity = (
         model.sha256
-        or hashlib.sha256(model.proto.SerializeToString(deterministic=True)).hexdigest()
+        or hashlib.sha256(model.complete().SerializeToString(deterministic=True)).hexdigest()
     )
     parts = [_PREPARED_VERSION, identity, config.preprocess, lift, runtime_version()]
     key = hashlib.sha256(json.dumps([*parts, onnx.__version__]).encode()).hexdigest()
@@ -192,12 +193,13 @@ def _read_prepared(folder: Path) -> Prepared | None:
 def _write_prepared(model: Model, preprocess: bool, lift: int | None, folder: Path) -> None:
     notes: list[str] = []
     symbolic = True
-    # What the runtime refuses is said here, before a later step blames something else.
+    # What is too large, and what the runtime refuses, is said here, before a later step blames
+    # something else.
+    proto = model.complete()
     open_session(model, optimized=False)
     with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
         work = Path(name)
-        write_proto(model.proto, work / "float.onnx")
-        proto = model.proto
+        write_proto(proto, work / "float.onnx")
         if preprocess:
             if model.opset <= OLDEST_OPSET:
                 notes.append(
@@ -205,14 +207,14 @@ def _write_prepared(model: Model, preprocess: bool, lift: int | None, folder: Pa
                     "quantizer needs it"
                 )
             symbolic = _pre_process(work / "float.onnx", work / "first.onnx", notes)
-            proto = load_model(work / "first.onnx").proto
+            proto = load_model(work / "first.onnx").complete()
         if lift is not None:
             proto = _lift(proto, lift, model, notes)
             if preprocess:
                 # The conversion leaves constants and pairs of nodes that the optimiser folds.
                 write_proto(Model(proto).proto, work / "lifted.onnx")
                 _pre_process(work / "lifted.onnx", work / "second.onnx", [], symbolic=symbolic)
-                proto = load_model(work / "second.onnx").proto
+                proto = load_model(work / "second.onnx").complete()
         # The quantizer sees the stable names that `Model` gives.
         prepared = Model(proto)
         write_proto(prepared.proto, folder / "prepared.onnx")

@@ -41,7 +41,8 @@ from inspector.errors import (
     RunError,
 )
 from inspector.feeds import Feeds, random_feeds
-from inspector.model import Model, Node, load_model
+from inspector.model import Model, Node
+from inspector.model_files import load_model
 from inspector.prepare import (
     QUANTIZER_ERRORS,
     Prepared,
@@ -62,6 +63,8 @@ from inspector.scheme import (
     COMPUTES_IN_INTEGERS,
     QUANTIZATION_OPS,
     quant_formats,
+    read_scheme,
+    stored_values,
 )
 
 QUANT_TYPES = {
@@ -213,6 +216,7 @@ def quantize_model(
         result = load_model(target)
         if _quantization_nodes(result) <= _quantization_nodes(prepared.model):
             raise _nothing_quantized(prepared.model, config, excluded, only)
+        notes += _emptied_weights(prepared.model, result)
         notes += _try(model, prepared.model, result, config, calibration)
         progress(0.98, "writing the file")
         _publish(target, output)
@@ -414,6 +418,23 @@ def _nothing_quantized(
 
 
 _NOT_RUN = "the result loads; it was not run, because no feed fits the model"
+
+
+def _emptied_weights(prepared: Model, result: Model) -> list[str]:
+    """Weights of which the quantizer left nothing but zeros, e.g. to make room for a bias."""
+    emptied = []
+    for tensor in read_scheme(result).tensors:
+        name = tensor.quantized.removesuffix("_quantized")
+        real = prepared.constant(name) if tensor.kind == "weight" and not tensor.scope else None
+        if real is not None and real.any():
+            stored = stored_values(result, tensor)
+            if stored is not None and not stored.any():
+                emptied.append(name)
+    return [
+        f"weight {name!r} is all zero after quantization: its scale was widened until the int32 "
+        "bias fits; leave its node in float"
+        for name in emptied
+    ]
 
 
 def _try(

@@ -3,18 +3,22 @@ stay inside the tables they index, and the draw itself."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from inspector.arrays import MAX_ARRAY_BYTES, Arrays, Samples, integer_limits
 from inspector.errors import FeedError
 from inspector.model import Model, TensorInfo
 
-Arrays = dict[str, NDArray[Any]]
-Samples = Generator[Arrays, None, None]
+# For string inputs.
+_WORDS = (
+    *("apple", "blue", "cat", "door", "eight", "fast", "green", "house", "in", "June", "key"),
+    *("light", "moon", "no", "of", "paper", "quiet", "river", "seven", "the", "under", "yes"),
+)
 
 # Operators that hand values on unchanged, and the inputs they take them from.
 _FIRST = (
@@ -132,7 +136,7 @@ def _dynamic_size(info: TensorInfo, axis: int) -> int:
     long = any(word in label for word in ("seq", "tok", "len", "time", "frame", "past"))
     if "batch" in label or label in ("n", "b", "bs") or (axis == 0 and not long):
         return 1
-    if np.dtype(info.dtype).kind != "f" or "past" in label:
+    if "float" not in info.dtype or "past" in label:
         return 16
     if rank >= 4:
         channels = axis == 1 and shape[-1] not in (1, 3, 4)
@@ -141,16 +145,17 @@ def _dynamic_size(info: TensorInfo, axis: int) -> int:
     return 512 if rank <= 2 else 64
 
 
-def integer_limits(dtype: np.dtype[Any]) -> tuple[int, int]:
-    if dtype.kind == "b":
-        return 0, 1
-    limits = np.iinfo(dtype)
-    return int(limits.min), int(limits.max)
+def index_limits(model: Model, tensor: str) -> tuple[int, int, str] | None:
+    """Least and greatest integer an input may hold for what it looks up, and why; None: anything.
+
+    Where it looks nothing up, the range of the constants it is compared with.
+    """
+    return _Graph(model).limits(tensor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomSource:
-    """Seeded noise: name, element type, shape, least and greatest integer of each input."""
+    """Seeded noise or words: name, type, shape, least and greatest integer of each input."""
 
     inputs: tuple[tuple[str, str, tuple[int, ...], int, int], ...]
     seed: int
@@ -160,7 +165,10 @@ class RandomSource:
             rng = np.random.default_rng([self.seed, index])
             feed: Arrays = {}
             for name, dtype, shape, low, high in self.inputs:
-                if dtype.startswith("float"):
+                if dtype == "string":
+                    feed[name] = np.asarray(rng.choice(np.array(_WORDS, object), shape), object)
+                    continue
+                if "float" in dtype:
                     drawn: Any = rng.standard_normal(shape).astype(dtype)
                 else:
                     drawn = rng.integers(low, high, shape, dtype=np.dtype(dtype), endpoint=True)
@@ -174,7 +182,7 @@ def random_source(
     """Noise for the inputs, and what was assumed, one sentence each.
 
     Raises:
-        FeedError: an input names no shape.
+        FeedError: an input names no shape, or one too large.
     """
     graph = _Graph(model)
     sizes: dict[str, int] = {}
@@ -200,7 +208,17 @@ def random_source(
             else:
                 shape.append(_dynamic_size(info, axis))
                 notes.append(f"dynamic axis {axis} of input {info.name!r} is {shape[-1]} here")
+        if math.prod(shape) > MAX_ARRAY_BYTES // 8:
+            raise FeedError(
+                f"{model.name}: input {info.name!r} has the shape {tuple(shape)}, "
+                f"expected at most {MAX_ARRAY_BYTES // 8:,} elements",
+                hint="Export the model with the shape it is used with.",
+            )
         low, high, because = 0, 1, ""
+        if info.dtype == "string":
+            notes.append(f"input {info.name!r} is random words")
+            drawn.append((info.name, info.dtype, tuple(shape), low, high))
+            continue
         dtype = np.dtype(info.dtype)
         if dtype.kind in "iu":
             least, most = integer_limits(dtype)

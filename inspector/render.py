@@ -2,19 +2,21 @@
 
 Nothing is computed here but the choice of words: every figure comes out of a record as it is.
 The formats are read by other programs, so they only grow: keys are added, `version` stays.
+Names come out of files that nobody vouches for: see `printable` and `comparison_csv`.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
 import re
 import types
 import typing
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +25,13 @@ from inspector.comparison import (
     FAR_BELOW_DB,
     LOOK_DB,
     ActivationError,
+    BatchEffect,
+    BatchError,
     Comparison,
+    NonFinite,
     OutputError,
+    Pin,
+    Skipped,
     Unmatched,
     WeightError,
     low_slices,
@@ -40,16 +47,86 @@ PROBLEM_DB = 10.0
 # A channel or slice with less than this much signal over its noise carries nothing: one that is
 # all zero has 0.0 dB exactly.
 NO_SIGNAL_DB = 1.0
+_FINE = ": nothing stands out"
 _SPREAD = "the error is spread over many tensors; change the recipe before excluding nodes"
 # A tensor whose noise doubles (3 dB) is a step; smaller changes are the usual slow decline.
 STEP_DB = 3.0
 # The deployed kernels round differently, but not by this much.
 DEPLOYED_DROP_DB = 6.0
+# Where fewer of the float tensors are compared, what was not looked at outweighs what was.
+LOW_COVERAGE = 0.5
+# Lists of reasons are cut here, and words of a message there: the JSON has all of them, whole.
+MOST_GROUPS = 12
+LONGEST_WORD = 240
+# A sample's company may move an output by this share of its largest value.
+COMPANY_FRACTION = 0.01
 # Values of these share one unit and most of them are small tails by nature: a class that never
 # occurs has 0 dB without anything being wrong.
 PROBABILITIES = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"})
 
 Record = TypeVar("Record")
+
+# ------------------------------------------------------------------------------------ names
+
+# What a terminal obeys instead of showing it: C0 and C1 controls, marks and overrides of the
+# writing direction, line separators. Lone surrogates cannot be encoded at all.
+_UNSHOWN = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+_UNPRINTABLE = re.compile(f"[\x00-\x1f{_UNSHOWN}]")
+_UNSHOWN_IN_JSON = re.compile(f"[{_UNSHOWN}]")
+_SPOKEN = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """The text as one line that a terminal shows and does not obey.
+
+    Control characters and those that turn the writing direction become escapes (``\\x1b``,
+    ``\\u202e``); everything else stays. Twice is the same as once.
+
+    Args:
+        text: a name, or a sentence that holds names.
+        longest: longer words lose their middle; None keeps them whole.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return _SPOKEN.get(match[0]) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+    text = _UNPRINTABLE.sub(escape, text)
+    if longest is None or len(text) <= longest:
+        return text
+    return re.sub(rf"\S{{{longest + 1},}}", lambda word: shorten_name(word[0], longest), text)
+
+
+def shorten_name(name: str, width: int = 40) -> str:
+    """The name, printable, in at most `width` characters: its middle is cut where it is longer.
+
+    Paths are cut between their parts (``/backbone/…/conv2/Conv``): the end tells most.
+
+    Raises:
+        ValueError: a width below 3.
+    """
+    if width < 3:
+        raise ValueError(f"a name does not fit in {width} characters")
+    name = printable(name)
+    if len(name) <= width:
+        return name
+    parts = name.split("/")
+    first = 2 if not parts[0] else 1
+    head = "/".join(parts[:first])
+    for keep in range(min(len(parts) - first - 1, width), 0, -1):
+        short = f"{head}/…/{'/'.join(parts[-keep:])}"
+        if len(short) <= width:
+            return short
+    left = (width - 1) // 3
+    return f"{name[:left]}…{name[len(name) - (width - 1 - left) :]}"
+
+
+def _listed(names: Sequence[str], shown: int = 3, width: int = 30) -> str:
+    """The first names, and how many more there are."""
+    words = [shorten_name(name, width) for name in names[:shown]]
+    more = len(names) - shown
+    return ", ".join([*words, f"… {more:,} more"] if more > 0 else words)
+
 
 # ---------------------------------------------------------------------------------- numbers
 
@@ -111,30 +188,9 @@ def format_number(value: float | None) -> str:
     """Four significant digits of a real in the tensor's own unit, e.g. a scale or a range."""
     if value is None:
         return "–"
-    return str(value) if not math.isfinite(value) else f"{value + 0.0:.4g}"
-
-
-def shorten_name(name: str, width: int = 40) -> str:
-    """The name in at most `width` characters, its middle cut where it is longer.
-
-    Paths are cut between their parts (``/backbone/…/conv2/Conv``): the end tells most.
-
-    Raises:
-        ValueError: a width below 3.
-    """
-    if width < 3:
-        raise ValueError(f"a name does not fit in {width} characters")
-    if len(name) <= width:
-        return name
-    parts = name.split("/")
-    first = 2 if not parts[0] else 1
-    head = "/".join(parts[:first])
-    for keep in range(len(parts) - first - 1, 0, -1):
-        short = f"{head}/…/{'/'.join(parts[-keep:])}"
-        if len(short) <= width:
-            return short
-    left = (width - 1) // 3
-    return f"{name[:left]}…{name[len(name) - (width - 1 - left) :]}"
+    if math.isnan(value):
+        return "NaN"
+    return str(value) if math.isinf(value) else f"{value + 0.0:.4g}"
 
 
 # ------------------------------------------------------------------------------------- JSON
@@ -168,8 +224,12 @@ def strict(value: Any) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """Strict JSON text of a value (see `strict`), indented."""
-    return json.dumps(strict(value), allow_nan=False, ensure_ascii=False, indent=1)
+    """Strict JSON text of a value (see `strict`), indented.
+
+    Names are whole; what a terminal would obey in them is written as an escape of JSON's own.
+    """
+    text = json.dumps(strict(value), allow_nan=False, ensure_ascii=False, indent=1)
+    return _UNSHOWN_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def read_number(value: Any) -> float:
@@ -252,6 +312,16 @@ def comparison_json(comparison: Comparison, *, detail: bool = False) -> dict[str
         "latency": strict(latency),
         "unmatched": records(comparison.unmatched),
         "warnings": list(comparison.warnings),
+        "counts": strict(comparison.counts),
+        "skipped": records(comparison.skipped),
+        "not_observed": records(comparison.not_observed),
+        "nonfinite": records(comparison.nonfinite),
+        "provider": comparison.provider,
+        "mask": comparison.mask,
+        "states": strict(comparison.states),
+        "batch": strict(comparison.batch),
+        "device": records(comparison.device),
+        "pins": records(comparison.pins),
     }
 
 
@@ -261,10 +331,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_record(typing.cast("type[Any]", kind), value, where)
     origin = typing.get_origin(kind)
     if origin is tuple:
-        item = typing.get_args(kind)[0]
+        items = typing.get_args(kind)
         if not isinstance(value, list):
             raise ValueError(f"{where} is {value!r}, expected a list")
-        return tuple(_read(item, v, where) for v in value)
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise ValueError(f"{where} is {value!r}, expected {len(items)} items")
+        return tuple(_read(items[0], v, where) for v in value)
     if origin in (types.UnionType, typing.Union):
         choices = typing.get_args(kind)
         if value is None and type(None) in choices:
@@ -281,14 +353,27 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} is {value!r}, expected {getattr(kind, '__name__', kind)}")
 
 
+@functools.cache
+def _fields(kind: type[Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """A record's fields with their types, and those that files of earlier versions lack.
+
+    A field with a default was added later.
+    """
+    fields = dataclasses.fields(kind)
+    added = frozenset(f.name for f in fields if f.default is not dataclasses.MISSING)
+    return typing.get_type_hints(kind), added
+
+
 def _read_record(kind: type[Record], value: Any, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {value!r}, expected an object")
-    hints = typing.get_type_hints(kind)
-    missing = [name for name in hints if name not in value]
+    hints, added = _fields(typing.cast(Any, kind))
+    missing = [name for name in hints if name not in value and name not in added]
     if missing:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}")
-    return kind(**{n: _read(hint, value[n], f"{where}.{n}") for n, hint in hints.items()})
+    return kind(
+        **{n: _read(hint, value[n], f"{where}.{n}") for n, hint in hints.items() if n in value}
+    )
 
 
 def read_comparison(data: Mapping[str, Any]) -> Comparison:
@@ -320,10 +405,18 @@ CSV_COLUMNS = (
     "worst_sample_sqnr_db", "median_sample_sqnr_db", "cosine_similarity", "mse", "max_abs_error",
     "saturated_fraction", "observed_low", "observed_high", "representable_low",
     "representable_high", "matched_by", "note",
+    # Columns are added at the end only: what reads them by position goes on working.
+    "scope", "fused_into", "model", "deployed_max_steps", "deployed_flips", "deployed_cause",
+    "device_name", "samples", "quantization_sqnr_db", "kernel_sqnr_db", "device_sqnr_db",
+    "total_sqnr_db", "verdict", "nan", "infinite", "first_sample", "origin",
 )  # fmt: skip
+# What a spreadsheet takes for a formula at the start of a cell.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}" if value.startswith(_FORMULA) else value
     value = strict(value)
     if isinstance(value, list):
         return " ".join(map(str, value))
@@ -331,26 +424,49 @@ def _cell(value: Any) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One row per output, activation, weight, bias and unmatched tensor, under `CSV_COLUMNS`.
+    """A row per output, activation, weight, bias and unmatched tensor, under `CSV_COLUMNS`.
 
-    Units are in the column names; ``mse`` and ``max_abs_error`` are in the tensor's own unit.
-    Values per channel are separated by spaces, an empty cell means that there is none.
+    After them a row for everything skipped, not observed and not finite, and for each tensor of a
+    device. Units are in the column names; ``mse`` and ``max_abs_error`` are in the tensor's own
+    unit. Values per channel are separated by spaces, an empty cell means that there is none.
+    Names are whole, but one that a spreadsheet would take for a formula gets a leading apostrophe.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS)
     writer.writeheader()
-    rows: list[tuple[str, Any]] = [
-        *(("output", record) for record in comparison.outputs),
-        *(("activation", record) for record in comparison.activations),
-        *((record.kind, record) for record in comparison.weights),
-    ]
-    for kind, record in rows:
+
+    def write(kind: str, record: Any, note: str | None = None) -> None:
         row = {c: _cell(getattr(record, c)) for c in CSV_COLUMNS if hasattr(record, c)}
-        writer.writerow({**row, "kind": kind})
+        if note is not None:
+            row["note"] = _cell(note)
+        writer.writerow({**row, "kind": _cell(kind)})
+
+    for output in comparison.outputs:
+        write("output", output)
+    for activation in comparison.activations:
+        write("activation", activation)
+    for weight in comparison.weights:
+        write(weight.kind, weight)
     for item in comparison.unmatched:
-        note = f"not compared ({item.model} model): {item.reason}"
-        writer.writerow({"kind": item.kind, "name": item.name, "note": note})
+        write(item.kind, item, f"not compared ({item.model} model): {item.reason}")
+    for kind, items in (
+        ("skipped", comparison.skipped), ("not_observed", comparison.not_observed)
+    ):  # fmt: skip
+        for skipped in items:
+            write(kind, skipped, f"{skipped.kind}{_whose(skipped.model)}: {skipped.reason}")
+    for bad in comparison.nonfinite:
+        writer.writerow(
+            {c: _cell(getattr(bad, c)) for c in CSV_COLUMNS if hasattr(bad, c)}
+            | {"kind": "nonfinite", "name": _cell(bad.tensor)}
+        )
+    for device in comparison.device:
+        write("device", device)
     return text.getvalue()
+
+
+def _whose(model: str) -> str:
+    """`` (float model)``; nothing where it is both."""
+    return f" ({model} model)" if model else ""
 
 
 # --------------------------------------------------------------------------------- headline
@@ -410,7 +526,9 @@ def largest_added_error(comparison: Comparison) -> tuple[ActivationError | None,
 
 def _cause(comparison: Comparison, record: ActivationError) -> str:
     """Where the error enters and, where the figures say it, why."""
-    place = shorten_name(record.node, 60) if record.node else f"input {record.name}"
+    place = (
+        shorten_name(record.node, 60) if record.node else f"input {shorten_name(record.name, 60)}"
+    )
     text = f"largest error added at {place} ({format_db(record.accumulated_sqnr_db)})"
     clipped = record.saturated_fraction or 0.0
     weights = [
@@ -425,7 +543,7 @@ def _cause(comparison: Comparison, record: ActivationError) -> str:
         return f"{text}, where {format_percent(clipped)} of the values are clipped"
     own = record.local_sqnr_db
     if own is not None and own <= record.accumulated_sqnr_db + STEP_DB:
-        return f"{text}, whose own {record.dtype} steps leave {format_db(own)}"
+        return f"{text}, whose own {shorten_name(record.dtype, 16)} steps leave {format_db(own)}"
     return text
 
 
@@ -474,33 +592,83 @@ def _hidden_collapse(output: OutputError, op_type: str) -> tuple[str, str] | Non
     return None
 
 
+def _origin(comparison: Comparison, model: str) -> NonFinite | None:
+    """Where NaN or infinity begins in a model; what both models have is no quantization's doing."""
+    found = [n for n in comparison.nonfinite if n.model == model]
+    if model == "quantized":
+        own = {n.tensor for n in comparison.nonfinite if n.model == "float"}
+        twins = {a.quantized_name for a in comparison.activations if a.name in own}
+        found = [n for n in found if n.tensor not in own | twins] or found
+    return next((n for n in found if n.origin), found[0] if found else None)
+
+
 def _not_finite(comparison: Comparison, output: OutputError) -> Headline:
     own = next((a for a in comparison.activations if a.name == output.name), None)
     bad = sum(map(math.isnan, output.per_sample_sqnr_db))
     where = f" on {format_count(bad, comparison.samples)} samples" if bad else ""
-    if own is not None and own.nonfinite_float:
-        return Headline(
-            sentence=f"Output {output.name}: the float model itself gives NaN or infinity{where}",
-            severity="problem",
-            output=output.name,
-            tensor=output.name,
-        )
-    first = min(
-        (a for a in comparison.activations if a.nonfinite_quantized and not a.nonfinite_float),
-        key=lambda a: a.depth,
-        default=None,
-    )
-    text = f"Output {output.name}: the quantized model gives NaN or infinity{where}"
+    model = "float" if own is not None and own.nonfinite_float else "quantized"
+    itself = " itself" if model == "float" else ""
+    name = shorten_name(output.name, 60)
+    text = f"Output {name}: the {model} model{itself} gives NaN or infinity{where}"
+    first = _origin(comparison, model)
+    tensor = output.name
     if first is not None:
-        text += f", first at {shorten_name(first.node or first.name, 60)}"
-    tensor = output.name if first is None else first.name
+        place = shorten_name(first.node or first.tensor, 60)
+        text += f", first at {place}"
+        if first.first_sample:
+            text += f" on sample {shorten_name(first.first_sample)}"
+        twin = (
+            a for a in comparison.activations
+            if first.tensor in ((a.name,) if model == "float" else (a.quantized_name, a.name))
+        )  # fmt: skip
+        # The tensor before its Q/DQ has a name of its own: its node leads there as well.
+        by_node = (a for a in comparison.activations if a.node and a.node == first.node)
+        tensor = next((a.name for group in (twin, by_node) for a in group), tensor)
+    elif model == "quantized":
+        bads = (
+            a for a in comparison.activations if a.nonfinite_quantized and not a.nonfinite_float
+        )
+        start = min(bads, key=lambda a: a.depth, default=None)
+        if start is not None:
+            text += f", first at {shorten_name(start.node or start.name, 60)}"
+            tensor = start.name
     return Headline(sentence=text, severity="problem", output=output.name, tensor=tensor)
+
+
+def _on_device(comparison: Comparison, output: OutputError) -> Headline | None:
+    """What a device's own arithmetic breaks in an output; None where it adds little."""
+    record = next((d for d in comparison.device if d.name == output.name), None)
+    if record is None or record.verdict != "device":
+        return None
+    simulated, total = record.quantization_sqnr_db, record.total_sqnr_db
+    # Above twice what is worth a look, a drop is of no concern.
+    enough = max(LOOK_DB, min(simulated, 2 * LOOK_DB) - DEPLOYED_DROP_DB)
+    if total >= enough:
+        return None
+    depth = {a.name: a.depth for a in comparison.activations}
+    blamed = [d for d in comparison.device if d.verdict == "device" and d.name in depth]
+    first = min(blamed, key=lambda d: depth[d.name], default=record)
+    text = (
+        f"Output {shorten_name(output.name, 60)}: {format_db(simulated)} simulated, but "
+        f"{format_db(total)} on the device, whose own arithmetic adds the most noise"
+    )
+    if first.name != output.name:
+        text += f", first at {shorten_name(first.name, 60)}"
+    severity = "look" if total >= LOOK_DB else "problem"
+    return Headline(sentence=text, severity=severity, output=output.name, tensor=first.name)
+
+
+def _transformer(output: OutputError) -> str:
+    """The graph transformer that makes deployed outputs differ; nothing where it is unknown."""
+    if not output.deployed_cause:
+        return ""
+    return f": ONNX Runtime's {shorten_name(output.deployed_cause, 60)} makes the difference"
 
 
 def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Headline]:
     """Rank (0 is gravest), SQNR and headline of one output."""
     name, sqnr, deployed = output.name, output.sqnr_db, output.deployed_sqnr_db
-    lead = f"Output {name}"
+    lead = f"Output {shorten_name(name, 60)}"
     if math.isnan(sqnr):
         return 0, -math.inf, _not_finite(comparison, output)
 
@@ -509,7 +677,11 @@ def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Hea
 
     if math.isnan(deployed) or deployed < min(LOOK_DB, sqnr - DEPLOYED_DROP_DB):
         text = f"{lead}: {format_db(sqnr)} simulated, but {format_db(deployed)} deployed"
-        return 1, _badness(deployed), found(f"{text}, with the kernels that ship", "problem")
+        cause = f"with the kernels that ship{_transformer(output)}"
+        return 1, _badness(deployed), found(f"{text}, {cause}", "problem")
+    device = _on_device(comparison, output)
+    if device is not None and device.severity == "problem":
+        return 1, _badness(sqnr), device
     op_type = next((a.op_type for a in comparison.activations if a.name == name), "")
     hidden = _hidden_collapse(output, op_type)
     if hidden is not None:
@@ -532,7 +704,58 @@ def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Hea
                 f"{format_percent(task.top1_float)} to {format_percent(task.top1_quantized)}"
             )
             return 4, sqnr, found(text, "look")
-    return 5, sqnr, found(f"{lead} {format_db(sqnr)}: nothing stands out", "fine", None)
+    if device is not None:
+        return 4, sqnr, device
+    return 5, sqnr, found(f"{lead} {format_db(sqnr)}{_FINE}", "fine", None)
+
+
+def _coverage(comparison: Comparison) -> str:
+    """The counts where most float tensors are not compared; "" where enough are."""
+    counts = comparison.counts
+    if counts is None or counts.unmatched <= LOW_COVERAGE * counts.float_tensors:
+        return ""
+    return (
+        f"only {format_count(counts.matched, counts.float_tensors)} float tensors are matched "
+        f"({counts.fused:,} fused, {counts.unmatched:,} unmatched)"
+    )
+
+
+def _peak(comparison: Comparison, output: str) -> float:
+    """Largest absolute float value of an output; NaN where it was not observed."""
+    record = next((a for a in comparison.activations if a.name == output), None)
+    if record is None:
+        return math.nan
+    return max(abs(record.observed_low), abs(record.observed_high))
+
+
+def _company(comparison: Comparison) -> tuple[str, BatchError] | None:
+    """The output that its company in a batch changes most, in the quantized model only."""
+    batch = comparison.batch
+    if batch is None:
+        return None
+    shares = [
+        (error.quantized_max_abs_difference / peak, error)
+        for error in batch.outputs
+        if (peak := _peak(comparison, error.output)) > 0
+        and peak < math.inf
+        # What the float model does as well is not the quantization's.
+        and not error.quantized_max_abs_difference <= 2 * error.float_max_abs_difference
+    ]
+    if not shares:
+        return None
+    share, worst = max(shares, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
+    if share <= COMPANY_FRACTION:
+        return None
+    text = (
+        f"but it depends on the samples beside it: alone against {_batch_name(batch)} up to "
+        f"{format_number(worst.quantized_max_abs_difference)} ({format_percent(share)} of its "
+        f"peak; float {format_number(worst.float_max_abs_difference)})"
+    )
+    return text, worst
+
+
+def _batch_name(batch: BatchEffect) -> str:
+    return f"in a {'padded ' if batch.padded else ''}batch of {batch.samples:,}"
 
 
 def find_headline(comparison: Comparison) -> Headline:
@@ -542,19 +765,32 @@ def find_headline(comparison: Comparison) -> Headline:
     if not outputs:
         record, _ = largest_added_error(comparison)
         cause = "" if record is None else f"; {_cause(comparison, record)}"
-        reason = next((f": {u.reason}" for u in comparison.unmatched if u.kind == "output"), "")
+        reasons = (u.reason for u in comparison.unmatched if u.kind == "output")
+        reason = next((f": {printable(reason, 60)}" for reason in reasons), "")
         return Headline(
             sentence=f"No output of the two models could be compared{reason}{cause}{random}",
             severity="problem",
             tensor=None if record is None else record.name,
         )
     if all(o.sqnr_db == o.deployed_sqnr_db == math.inf for o in outputs):
-        what = f"Output {outputs[0].name} is" if len(outputs) == 1 else (
+        what = f"Output {shorten_name(outputs[0].name, 60)} is" if len(outputs) == 1 else (
             f"All {len(outputs)} outputs are"
         )  # fmt: skip
         sentence = f"{what} exact: both models give the same values{random}"
         return Headline(sentence=sentence, severity="fine", output=outputs[0].name)
     found = min((_judge(comparison, o) for o in outputs), key=lambda judged: judged[:2])[2]
+    if found.severity == "fine":
+        coverage, company = _coverage(comparison), _company(comparison)
+        if coverage:
+            sentence = f"{found.sentence.removesuffix(_FINE)}, but {coverage}"
+            found = dataclasses.replace(found, sentence=sentence, severity="look")
+        elif company is not None:
+            text, error = company
+            sqnr = next((o.sqnr_db for o in outputs if o.name == error.output), math.nan)
+            sentence = f"Output {shorten_name(error.output, 60)} {format_db(sqnr)}, {text}{random}"
+            return Headline(
+                sentence=sentence, severity="look", output=error.output, tensor=error.output
+            )
     several = f" (worst of {len(outputs)} outputs)" if len(outputs) > 1 else ""
     return dataclasses.replace(found, sentence=f"{found.sentence}{several}{random}")
 
@@ -605,6 +841,165 @@ def feeds_text(comparison: Comparison) -> str:
     return f"{comparison.samples:,} {noun}, {kind}"
 
 
+_RULES = {"name": "by name", "structure": "by structure", "content": "by content", "pin": "by hand"}
+
+
+def accounting_text(comparison: Comparison) -> str:
+    """What became of every float tensor of the float model's main graph; "" where it is unknown.
+
+    ``354 float tensors: 266 matched (142 weights, 124 activations; 240 by name, 26 by structure),
+    49 fused, 39 unmatched``. The three parts add up to the whole; where they do not, it says so.
+    """
+    counts = comparison.counts
+    if counts is None:
+        return ""
+    # A float weight that two bodies read is one tensor.
+    weights = {w.name: w for w in comparison.weights}
+    records: list[WeightError | ActivationError] = [*weights.values(), *comparison.activations]
+    rules = Counter(record.matched_by for record in records)
+    order = [*_RULES, *sorted(rules.keys() - _RULES.keys())]
+    found = [f"{rules[r]:,} {_RULES.get(r, shorten_name(r))}" for r in order if rules[r]]
+    sides = [
+        f"{_count(len(weights), 'weight')}",
+        f"{_count(len(comparison.activations), 'activation')}",
+    ]
+    how = f" ({', '.join(sides)}; {', '.join(found)})" if records else ""
+    text = (
+        f"{_count(counts.float_tensors, 'float tensor')}: {counts.matched:,} matched{how}, "
+        f"{counts.fused:,} fused, {counts.unmatched:,} unmatched"
+    )
+    total = counts.matched + counts.fused + counts.unmatched
+    return text if total == counts.float_tensors else f"{text}, which does not add up ({total:,})"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _group_lines(
+    items: Sequence[Unmatched | Skipped], *, lead: str = "", most: int = MOST_GROUPS
+) -> list[str]:
+    """One line per reason with the first names; what is beyond `most` reasons is counted."""
+    groups = list(group_unmatched(items).items())
+    lines = [
+        f"{lead}{len(names):,} × {shorten_name(kind)}{_whose(shorten_name(model))}: "
+        f"{printable(reason, 60)}  [{_listed(names)}]"
+        for (kind, model, reason), names in groups[:most]
+    ]
+    if groups[most:]:
+        rest = sum(len(names) for _, names in groups[most:])
+        lines.append(f"{lead}{rest:,} more, for {_count(len(groups) - most, 'other reason')}")
+    return lines
+
+
+def _nonfinite_lines(comparison: Comparison) -> list[str]:
+    lines = []
+    for model in ("float", "quantized"):
+        found = [n for n in comparison.nonfinite if n.model == model]
+        first = _origin(comparison, model)
+        if first is None:
+            continue
+        place = shorten_name(first.node or first.tensor, 60)
+        sample = f" in sample {shorten_name(first.first_sample)}" if first.first_sample else ""
+        others = sum(n.origin for n in found) - 1
+        more = f"; it begins at {_count(others, 'other node')} too" if others > 0 else ""
+        lines.append(
+            f"NaN or infinity: {_count(len(found), 'tensor')} of the {model} model, first at "
+            f"{place} ({shorten_name(first.op_type, 32)}){sample} with {first.nan:,} NaN and "
+            f"{first.infinite:,} infinite{more}"
+        )
+    return lines
+
+
+def _pin_line(pins: Sequence[Pin]) -> list[str]:
+    words = [
+        f"{shorten_name(p.float_name, 30)} refused"
+        if p.quantized_name is None
+        else f"{shorten_name(p.float_name, 30)} = {shorten_name(p.quantized_name, 30)}"
+        for p in pins
+    ]
+    return [f"matched by hand: {_listed(words, 5, 64)}"] if words else []
+
+
+def _deployed_lines(comparison: Comparison) -> list[str]:
+    lines = []
+    for output in comparison.outputs:
+        if not (output.deployed_differs or output.deployed_flips):
+            continue
+        parts = []
+        if output.deployed_max_steps is not None:
+            parts.append(f"up to {format_number(output.deployed_max_steps)} steps apart")
+        if output.deployed_flips:
+            flips = format_count(output.deployed_flips, comparison.samples)
+            parts.append(f"another largest element on {flips} samples")
+        what = ", ".join(parts) or "more than 3 steps apart, or another largest element"
+        cause = (
+            f"; none of it without ONNX Runtime's {shorten_name(output.deployed_cause, 60)}"
+            if output.deployed_cause
+            else ""
+        )
+        lines.append(f"simulated against deployed: {shorten_name(output.name)}: {what}{cause}")
+    return lines
+
+
+def _batch_lines(batch: BatchEffect | None) -> list[str]:
+    if batch is None:
+        return []
+    worst = sorted(batch.outputs, key=lambda b: -abs(b.quantized_max_abs_difference))
+    parts = [
+        f"up to {format_number(b.quantized_max_abs_difference)} in {shorten_name(b.output)} "
+        f"(float {format_number(b.float_max_abs_difference)})"
+        for b in worst[:3]
+    ]
+    if worst[3:]:
+        parts.append(_count(len(worst) - 3, "more output"))
+    found = ", ".join(parts) or "no output has the batch as its first axis"
+    return [f"alone against {_batch_name(batch)}: {found}"]
+
+
+def basis_lines(comparison: Comparison) -> list[str]:
+    """What the figures of a comparison rest on, a sentence each, for a terminal and for pages.
+
+    The first line is always there: samples, whether calibration saw them, how the models ran.
+    The others say what was left out, was not finite or depends on something; none where nothing is.
+    """
+    c = comparison
+    provider = shorten_name(c.provider, 60)
+    lines = [f"{feeds_text(c)}; simulated: optimisations off; deployed: all on, {provider}"]
+    if c.mask:
+        lines.append(f"mask: positions where {shorten_name(c.mask, 60)} is 0 do not count")
+    if c.states:
+        pairs = [f"{shorten_name(o, 30)} → {shorten_name(i, 30)}" for o, i in c.states]
+        lines.append(
+            f"states: each model hands its own from sample to sample: {_listed(pairs, 5, 64)}"
+        )
+    lines += _pin_line(c.pins)
+    lines += _nonfinite_lines(c)
+    lines += _deployed_lines(c)
+    lines += _batch_lines(c.batch)
+    lines += _group_lines(c.skipped, lead="skipped: ", most=6)
+    lines += _group_lines(c.not_observed, lead="not observed: ", most=6)
+    return lines
+
+
+def _device_lines(comparison: Comparison, top: int, name_width: int) -> list[str]:
+    worst = sorted(comparison.device, key=lambda d: _badness(d.total_sqnr_db))[:top]
+    rows = [
+        (
+            shorten_name(d.name, name_width),
+            format_db(d.quantization_sqnr_db),
+            format_db(d.kernel_sqnr_db),
+            format_db(d.device_sqnr_db),
+            format_db(d.total_sqnr_db),
+            d.verdict,
+        )
+        for d in worst
+    ]
+    header = ("tensor", "float→simulated", "simulated→deployed", "→device", "total", "verdict")
+    title = f"Device: worst {format_count(len(rows), len(comparison.device))}"
+    return ["", title, *_table(header, rows, left=1)] if rows else []
+
+
 def _facts(comparison: Comparison) -> list[str]:
     lines = _table(
         ("", "file", "format", "size"),
@@ -612,7 +1007,7 @@ def _facts(comparison: Comparison) -> list[str]:
             (
                 side,
                 shorten_name(Path(file.path).name, 60),
-                file.quant_format,
+                shorten_name(file.quant_format),
                 format_bytes(file.size_bytes),
             )
             for side, file in (
@@ -622,7 +1017,9 @@ def _facts(comparison: Comparison) -> list[str]:
         ],
         left=3,
     )[1:]
-    lines.append(f"  {feeds_text(comparison)}")
+    accounting = accounting_text(comparison)
+    if accounting:
+        lines.append(f"  {accounting}")
     task, latency = comparison.task, comparison.latency
     if task is not None:
         lines.append(
@@ -686,8 +1083,8 @@ def _activation_lines(comparison: Comparison, top: int, name_width: int) -> list
     rows = [
         (
             shorten_name(a.name, name_width),
-            a.op_type,
-            a.dtype,
+            shorten_name(a.op_type, 32),
+            shorten_name(a.dtype, 16),
             format_db(a.accumulated_sqnr_db),
             format_db(a.local_sqnr_db),
             *_channels(a),
@@ -706,8 +1103,8 @@ def _weight_lines(comparison: Comparison, top: int, name_width: int) -> list[str
     rows = [
         (
             shorten_name(w.name, name_width),
-            w.op_type,
-            w.dtype,
+            shorten_name(w.op_type, 32),
+            shorten_name(w.dtype, 16),
             format_db(w.sqnr_db),
             *_channels(w),
             format_number(w.max_abs_error),
@@ -725,7 +1122,9 @@ _NAME_IN_REASON = re.compile(
 )
 
 
-def group_unmatched(items: Iterable[Unmatched]) -> dict[tuple[str, str, str], tuple[str, ...]]:
+def group_unmatched(
+    items: Iterable[Unmatched | Skipped],
+) -> dict[tuple[str, str, str], tuple[str, ...]]:
     """Names by (kind, model, reason), most frequent first.
 
     Reasons that differ only in the names they mention ("fused into 485") are one reason.
@@ -739,12 +1138,18 @@ def group_unmatched(items: Iterable[Unmatched]) -> dict[tuple[str, str, str], tu
 
 
 def _unmatched_lines(comparison: Comparison) -> list[str]:
-    if not comparison.unmatched:
-        return []
-    lines = ["", f"Not compared: {format_count(len(comparison.unmatched))} tensors"]
-    for (kind, model, reason), names in group_unmatched(comparison.unmatched).items():
-        shown = ", ".join(shorten_name(n, 30) for n in names[:3]) + (", …" if names[3:] else "")
-        lines.append(f"  {len(names):>4} × {kind} ({model} model): {reason}  [{shown}]")
+    """Fused tensors apart from those that nothing speaks of."""
+    lines = []
+    fused = [u for u in comparison.unmatched if u.fused_into]
+    if fused:
+        lines += ["", f"Fused: {_count(len(fused), 'tensor')}"]
+        lines += [f"  {line}" for line in _group_lines(fused)]
+    lost = [u for u in comparison.unmatched if not u.fused_into]
+    if lost:
+        others = sum(u.model == "quantized" for u in lost)
+        of = f" ({others:,} of them of the quantized model)" if others else ""
+        lines += ["", f"Not compared: {_count(len(lost), 'tensor')}{of}"]
+        lines += [f"  {line}" for line in _group_lines(lost)]
     return lines
 
 
@@ -755,7 +1160,7 @@ def comparison_text(
 
     Args:
         comparison: what to show.
-        top: rows of the tables of activations and weights, worst first.
+        top: rows of the tables of activations, weights and a device's tensors, worst first.
         name_width: longer names lose their middle.
         warnings: show them too; the command line writes them to stderr instead.
     """
@@ -763,13 +1168,18 @@ def comparison_text(
     if comparison.outputs:
         lines += ["", *_output_lines(comparison, name_width)]
     lines += _slice_lines(comparison, name_width)
+    lines += ["", "What these figures rest on", *(f"  {x}" for x in basis_lines(comparison))]
     if top:
+        lines += _device_lines(comparison, top, name_width)
         lines += _activation_lines(comparison, top, name_width)
         lines += _weight_lines(comparison, top, name_width)
     lines += _unmatched_lines(comparison)
     if warnings:
-        lines += ["", *(f"warning: {text}" for text in comparison.warnings)]
-    return "\n".join(lines).rstrip()
+        lines += [
+            "",
+            *(f"warning: {printable(text, LONGEST_WORD)}" for text in comparison.warnings),
+        ]
+    return "\n".join(map(printable, lines)).rstrip()
 
 
 def _tensor_texts(infos: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -777,7 +1187,9 @@ def _tensor_texts(infos: Iterable[Mapping[str, Any]]) -> list[str]:
     texts = []
     for info in infos:
         shape = info["shape"]
-        sizes = "?" if shape is None else ", ".join("?" if d is None else str(d) for d in shape)
+        sizes = "?" if shape is None else ", ".join(
+            "?" if d is None else shorten_name(str(d)) for d in shape
+        )  # fmt: skip
         texts.append(f"{shorten_name(info['name'])}: {info['dtype']}[{sizes}]")
     return texts
 
@@ -785,13 +1197,15 @@ def _tensor_texts(infos: Iterable[Mapping[str, Any]]) -> list[str]:
 def show_text(description: Mapping[str, Any]) -> str:
     """What `workbench.describe_model` found in a file, for a terminal."""
     d = description
-    ops = ", ".join(f"{op} {count:,}" for op, count in list(d["op_types"].items())[:8])
+    ops = ", ".join(
+        f"{shorten_name(op)} {count:,}" for op, count in list(d["op_types"].items())[:8]
+    )
     rows: list[tuple[str, Sequence[str]]] = [
         ("file", [d["path"]]),
         ("sha256", [d["sha256"]]),
         ("size", [format_bytes(d["size_bytes"])]),
         ("opset", [str(d["opset"])]),
-        ("producer", [d["producer"] or "–"]),
+        ("producer", [shorten_name(d["producer"] or "–", 80)]),
         ("format", [d["quant_format"]]),
         ("nodes", [f"{format_count(d['quantized_nodes'], d['nodes'])} quantized"]),
         ("weights", [f"{format_count(d['quantized_weights'], d['weights'])} quantized"]),
@@ -801,11 +1215,29 @@ def show_text(description: Mapping[str, Any]) -> str:
     ]
     if d["recipe"] is not None:
         rows.append(("recipe", [_recipe_text(d["recipe"])]))
+    bodies = d.get("bodies") or ()
+    if bodies:
+        rows.append(("bodies", [*map(_body_text, bodies[:8]), *_more(len(bodies) - 8)]))
+    skipped = [Skipped(**{k: s[k] for k in _SKIPPED_KEYS}) for s in d.get("skipped") or ()]
+    if skipped:
+        rows.append(("skipped", _group_lines(skipped)))
     return "\n".join(
-        f"{label if at == 0 else '':<10}{line}".rstrip()
+        f"{label if at == 0 else '':<10}{printable(line, LONGEST_WORD)}".rstrip()
         for label, lines in rows
         for at, line in enumerate(lines)
     )
+
+
+_SKIPPED_KEYS = ("name", "kind", "model", "reason")
+
+
+def _more(count: int) -> list[str]:
+    return [f"… {count:,} more"] if count > 0 else []
+
+
+def _body_text(body: Mapping[str, Any]) -> str:
+    """``/decoder/If_1/then_branch: 41 nodes``, and how many of them are quantized."""
+    return f"{shorten_name(body['path'], 80)}: {_count(body['nodes'], 'node')}"
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:

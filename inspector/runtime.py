@@ -1,24 +1,27 @@
 """The one door to running a model.
 
 Two kinds of session: *simulated* (optimisations off, what is debugged: every node runs as
-written) and *deployed* (all optimisations on, the kernels that ship). Both on the CPU, no
-custom-op libraries.
+written) and *deployed* (all optimisations on, the kernels that ship). Both run on the CPU unless
+another execution provider is named; no custom-op libraries.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import EncodeError
 from numpy.typing import NDArray
+from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from inspector.errors import InspectorError, ModelError, RunError
-from inspector.model import Model
+from inspector.model import Model, shown
+from inspector.model_files import load_model
 
 ORT_ERRORS = (
     ort_errors.Fail,
@@ -29,8 +32,49 @@ ORT_ERRORS = (
     ort_errors.RuntimeException,
     ort_errors.EPFail,
     ort_errors.NoSuchFile,
+    ort_errors.NotFound,
+    ort_errors.EngineError,
 )
+# What its binding to Python raises beside them: RuntimeError for values it cannot carry, ValueError
+# (UnicodeError is one) for names and strings, MemoryError where the machine has no more.
+_BINDING_ERRORS = (RuntimeError, ValueError, MemoryError)
+CPU = "CPUExecutionProvider"
+
+# Types that the runtime computes with and its binding cannot hand to numpy (float8e4m3fn comes as
+# bare codes): what they are cast to inside the graph, and the ai.onnx opset that can cast them.
+_CASTS: dict[str, tuple[int, int]] = {
+    "tensor(bfloat16)": (TensorProto.FLOAT, 13),
+    **dict.fromkeys(
+        (
+            *("tensor(float8e4m3fn)", "tensor(float8e4m3fnuz)"),
+            *("tensor(float8e5m2)", "tensor(float8e5m2fnuz)"),
+        ),
+        (TensorProto.FLOAT, 19),
+    ),
+    "tensor(float8e8m0)": (TensorProto.FLOAT, 24),
+    "tensor(int4)": (TensorProto.INT8, 21),
+    "tensor(uint4)": (TensorProto.UINT8, 21),
+    "tensor(int2)": (TensorProto.INT8, 25),
+    "tensor(uint2)": (TensorProto.UINT8, 25),
+}
+_CARRIED = frozenset(
+    f"tensor({name})"
+    for name in (
+        *("float", "float16", "double", "bool", "string"),
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    )
+)
+# How arrays of types that numpy lacks are handed over: their codes, and ONNX's number of the type.
+_CODED_FEEDS: dict[str, tuple[type[np.generic], int]] = {
+    "bfloat16": (np.uint16, TensorProto.BFLOAT16),
+    "float8_e4m3fn": (np.uint8, TensorProto.FLOAT8E4M3FN),
+    "float8_e4m3fnuz": (np.uint8, TensorProto.FLOAT8E4M3FNUZ),
+    "float8_e5m2": (np.uint8, TensorProto.FLOAT8E5M2),
+    "float8_e5m2fnuz": (np.uint8, TensorProto.FLOAT8E5M2FNUZ),
+}
 ort.set_default_logger_severity(4)
+# For a program that imported it before this package; see there.
+ort.disable_telemetry_events()
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -48,8 +92,19 @@ def runtime_version() -> str:
     return str(ort.__version__)
 
 
+def _words(error: Exception) -> str:
+    """An error's text on one line; names in it may be of any length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 1000 else f"{text[:999]}…"
+
+
 def _refused(what: str, error: Exception) -> InspectorError:
-    text = " ".join(str(error).split())
+    text = _words(error)
+    if isinstance(error, MemoryError) or "bad_alloc" in text:
+        return RunError(
+            f"this machine has not enough memory to open {what}",
+            hint="Close other programs, or use a machine with more memory.",
+        )
     if "is not a registered function/op" in text or "Unrecognized" in text or "custom op" in text:
         return ModelError(
             f"{what} uses an operator that ONNX Runtime {ort.__version__} does not have: {text}",
@@ -76,17 +131,40 @@ class Session:
     Attributes:
         name: the model's name, for messages.
         input_names: inputs a feed must give.
-        output_names: all outputs in order.
-        output_dtypes: ONNX Runtime's type of each output by name, e.g. ``"tensor(float)"``.
+        output_names: the outputs that `run` can give, in order.
+        output_dtypes: ONNX Runtime's type of each of them in the model, e.g. ``"tensor(float)"``.
+            Arrays of bfloat16 and float8 come as float32, those of 4 and 2 bits as 8-bit integers.
+        unreadable: type by name of outputs that are no array (sequences, optional values, maps) or
+            of a type that cannot be read here.
+        providers: the execution providers it runs on, the preferred first.
     """
 
-    def __init__(self, session: ort.InferenceSession, name: str) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        name: str,
+        *,
+        dtypes: Mapping[str, str] | None = None,
+        casts: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            session: an open session.
+            name: for messages.
+            dtypes: type by name of the outputs to offer, all of the session's by default.
+            casts: for outputs that are cast, the name of the one that carries their values.
+        """
         self._session = session
+        self._casts = dict(casts or {})
         self.name = name
         self.input_names = tuple(i.name for i in session.get_inputs())
-        outputs = session.get_outputs()
-        self.output_names = tuple(o.name for o in outputs)
-        self.output_dtypes = {o.name: str(o.type) for o in outputs}
+        self.providers = tuple(str(p) for p in session.get_providers())
+        offered = dict(dtypes or {o.name: str(o.type) for o in session.get_outputs()})
+        self.output_dtypes = {
+            n: kind for n, kind in offered.items() if kind in _CARRIED or n in self._casts
+        }
+        self.output_names = tuple(self.output_dtypes)
+        self.unreadable = {n: kind for n, kind in offered.items() if n not in self.output_dtypes}
 
     def run(
         self, feed: Feed, outputs: Iterable[str] | None = None, *, sample: str = "a feed"
@@ -94,24 +172,83 @@ class Session:
         """The outputs by name for one feed.
 
         Args:
-            feed: arrays by input name; entries for inputs this model does not have are left out.
+            feed: arrays by input name, of any shape; entries for inputs this model does not have
+                are left out.
             outputs: names wanted, all by default.
             sample: the feed's name, for messages.
 
         Raises:
-            RunError: the runtime refused the feed.
+            RunError: the runtime refused the feed, or an output that cannot be read was asked for.
         """
         names = list(self.output_names if outputs is None else outputs)
+        for name in names:
+            if name in self.unreadable:
+                raise RunError(
+                    f"output {shown(name)} of {self.name} is a {self.unreadable[name]}, "
+                    "expected a tensor of numbers or strings",
+                    hint="Leave this output out.",
+                )
+        if not names:
+            return {}  # ONNX Runtime would take no name for all names
         try:
-            values = self._session.run(
-                names, {k: v for k, v in feed.items() if k in self.input_names}
-            )
-        except (*ORT_ERRORS, ValueError) as error:
+            given = {k: _feedable(v) for k, v in feed.items() if k in self.input_names}
+            values = self._session.run([self._casts.get(n, n) for n in names], given)
+        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
             raise RunError(
-                f"{self.name} does not run on {sample}: {' '.join(str(error).split())}",
+                f"{self.name} does not run on {sample}: {_words(error)}",
                 hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
             ) from error
         return dict(zip(names, values, strict=True))
+
+
+def _feedable(value: NDArray[Any]) -> Any:
+    """An array as ONNX Runtime's binding takes it.
+
+    Raises:
+        ValueError: its bytes would be read as something else.
+    """
+    array = np.asarray(value) if isinstance(value, np.generic) else value
+    if not isinstance(array, np.ndarray):
+        return array
+    if array.dtype.name in _CODED_FEEDS:
+        codes, number = _CODED_FEEDS[array.dtype.name]
+        held = np.ascontiguousarray(array).view(codes).reshape(array.shape)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(held, number)
+    if array.dtype.kind == "S":
+        # The binding reads these beyond their end.
+        return np.char.decode(array, "utf-8")
+    if array.dtype.kind == "V":
+        raise ValueError(f"an array of type {array.dtype} is neither numbers nor strings")
+    # It ignores the order of bytes.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _more_outputs(
+    proto: onnx.ModelProto, outputs: Iterable[str], casts: Mapping[str, tuple[str, int]]
+) -> bytes:
+    """What a serialized model is followed by to have more outputs.
+
+    Protobuf merges what is written one after the other, which saves copying the model.
+
+    Args:
+        proto: the model.
+        outputs: tensors to make outputs.
+        casts: by tensor, the output that its cast values get and ONNX's number of their type.
+    """
+    have = {o.name for o in proto.graph.output}
+    extra = onnx.ModelProto()
+    for name in outputs:
+        if name not in have:
+            extra.graph.output.add(name=name)
+    for name, (output, number) in casts.items():
+        extra.graph.node.append(onnx.helper.make_node("Cast", [name], [output], output, to=number))
+        extra.graph.output.add(name=output)
+    return bytes(extra.SerializePartialToString())
+
+
+def available_providers() -> tuple[str, ...]:
+    """Execution providers of the installed ONNX Runtime, the fastest first."""
+    return tuple(ort.get_available_providers())
 
 
 def open_session(
@@ -120,19 +257,39 @@ def open_session(
     optimized: bool,
     name: str = "the model",
     threads: int | None = None,
+    provider: str = CPU,
+    disabled_transformers: Sequence[str] = (),
+    outputs: Sequence[str] = (),
 ) -> Session:
-    """A session on the CPU.
+    """A session on one execution provider, with the CPU for what that cannot run.
+
+    Weights that a `Model` left on disk are mapped by the runtime. A simulated session of such a
+    model computes with them in place; a deployed one packs them for its kernels, which takes about
+    their size in memory, as it does where it ships.
 
     Args:
         model: a loaded model, a proto, or the path of a file.
         optimized: all graph optimisations (deployed) or none (simulated).
         name: for messages, where `model` has none of its own.
         threads: intra-op threads; None leaves it to the runtime.
+        provider: ONNX Runtime's name of the execution provider.
+        disabled_transformers: names of graph transformers to leave out of the optimisations.
+        outputs: tensors of the main graph to give as outputs beside the model's own.
 
     Raises:
         ModelError: an operator the runtime does not have.
-        RunError: the runtime refused the model.
+        RunError: the runtime refused the model, or does not have or cannot load the provider.
+        ValueError: the main graph has no tensor of a name in `outputs`.
     """
+    available = available_providers()
+    if provider not in available:
+        raise RunError(
+            f"this installation of ONNX Runtime has no {shown(provider)}; it has "
+            f"{', '.join(available)}",
+            hint=f"Use one of these, for example --provider {CPU}.",
+        )
+    if isinstance(model, Path):
+        model = load_model(model)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     level = ort.GraphOptimizationLevel
@@ -144,24 +301,71 @@ def open_session(
         options.intra_op_num_threads = threads
     if isinstance(model, Model):
         name = model.name
-    proto = model.proto if isinstance(model, Model) else model
-    try:
-        if isinstance(proto, Path):
-            session = ort.InferenceSession(str(proto), options, providers=["CPUExecutionProvider"])
-        elif proto.ByteSize() < 2**31 - 1:
-            session = ort.InferenceSession(
-                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        if model.external and model.path is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path",
+                str(model.path.parent.resolve()),
             )
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "model.onnx"
-                onnx.save_model(proto, file, save_as_external_data=True, location="model.data")
-                session = ort.InferenceSession(
-                    str(file), options, providers=["CPUExecutionProvider"]
-                )
-    except ORT_ERRORS as error:
-        raise _refused(name, error) from error
-    return Session(session, name)
+            if not optimized:
+                # Packing would copy every weight into memory.
+                options.add_session_config_entry("session.disable_prepacking", "1")
+    proto = model.proto if isinstance(model, Model) else model
+    wanted = tuple(dict.fromkeys(outputs))
+    if wanted:
+        known = {t for n in proto.graph.node for t in n.output}
+        known.update(v.name for v in (*proto.graph.input, *proto.graph.initializer))
+        for tensor in wanted:
+            if not tensor or tensor not in known:
+                raise ValueError(f"{name} has no tensor {shown(tensor)} in its main graph")
+
+    def opened(casts: Mapping[str, tuple[str, int]]) -> ort.InferenceSession:
+        try:
+            session = ort.InferenceSession(
+                proto.SerializeToString() + _more_outputs(proto, wanted, casts),
+                options,
+                providers=list(dict.fromkeys((provider, CPU))),
+                disabled_optimizers=list(disabled_transformers) or None,
+                # A fallback prints to the terminal and hides that another provider is used.
+                enable_fallback=0,
+            )
+        except EncodeError as error:
+            raise RunError(
+                f"{name} is larger than the 2 GB that one protobuf holds",
+                hint="Load it from a file with external data.",
+            ) from error
+        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
+            raise _refused(name, error) from error
+        session.disable_fallback()
+        _check_provider(provider, session.get_providers())
+        return session
+
+    session = opened({})
+    dtypes = {o.name: str(o.type) for o in session.get_outputs()}
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    taken = (
+        {t for n in proto.graph.node for t in n.output} if set(dtypes.values()) - _CARRIED else ()
+    )
+    casts: dict[str, tuple[str, int]] = {}
+    for tensor, kind in dtypes.items():
+        number, since = _CASTS.get(kind, (0, 0))
+        if number and opset >= since:
+            output = f"{tensor}_readable"
+            while output in taken:
+                output += "_"
+            casts[tensor] = (output, number)
+    if casts:
+        del session  # before the next one takes as much memory
+        session = opened(casts)
+    return Session(session, name, dtypes=dtypes, casts={t: o for t, (o, _) in casts.items()})
+
+
+def _check_provider(wanted: str, running: Sequence[str]) -> None:
+    """ONNX Runtime goes on without a provider whose library does not load."""
+    if wanted not in running:
+        raise RunError(
+            f"ONNX Runtime cannot load {wanted} and would run on {', '.join(running)}",
+            hint="Check that its driver and libraries are installed, or name another provider.",
+        )
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inspector.qparams import INTEGER_DTYPES, QParams
+from inspector.qparams import FLOAT_CODES, QParams, code_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,17 +122,40 @@ class Histogram:
         )
 
 
-def saturated_counts(real: NDArray[Any], qparams: QParams) -> tuple[int, int]:
-    """How many elements lie more than half a step below and above the representable range.
+def saturated_masks(
+    real: NDArray[Any], qparams: QParams
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which elements lie more than half a step below and above the representable range.
 
-    Values merely at the limits are not clipped (ReLU zeros, softmax tails), NaN is neither.
-    `real` is the tensor before Q, rectified where a Relu or Clip was folded into Q.
+    Values merely at the limits are not clipped (ReLU zeros, softmax tails), NaN is neither. The
+    step of a float type is the one between its two largest codes. `real` is the tensor before Q,
+    rectified where a Relu or Clip was folded into Q. Both have its shape.
+
+    Raises:
+        ValueError: the parameters do not fit the array's shape.
     """
-    scale, zero_point = qparams._spread(real.shape)
-    qmin, qmax = INTEGER_DTYPES[qparams.dtype]
-    low = (qmin - zero_point - 0.5) * scale
-    high = (qmax - zero_point + 0.5) * scale
-    return int(np.count_nonzero(real < low)), int(np.count_nonzero(real > high))
+    if not real.size:
+        none = np.zeros(real.shape, np.bool_)
+        return none, none
+    view, scale, zero_point = qparams.aligned(real)
+    first, last = code_range(qparams.dtype)
+    half = FLOAT_CODES[qparams.dtype][1] / 2 if qparams.dtype in FLOAT_CODES else 0.5
+    ends = (first - zero_point - half) * scale, (last - zero_point + half) * scale
+    # A negative scale turns the two round; of NaN, neither comparison is true.
+    low, high = np.minimum(*ends), np.maximum(*ends)
+    return (view < low).reshape(real.shape), (view > high).reshape(real.shape)
+
+
+def saturated_counts(real: NDArray[Any], qparams: QParams) -> tuple[int, int]:
+    """How many elements are clipped at the low and at the high end (see `saturated_masks`).
+
+    (0, 0) for an empty array.
+
+    Raises:
+        ValueError: the parameters do not fit the array's shape.
+    """
+    low, high = saturated_masks(real, qparams)
+    return int(np.count_nonzero(low)), int(np.count_nonzero(high))
 
 
 def saturated_fraction(real: NDArray[Any], qparams: QParams) -> tuple[float, float]:

@@ -41,11 +41,13 @@ from typing import Any, BinaryIO, NoReturn, Self, TypeVar
 
 import platformdirs
 
+from inspector.comparison import Pin
 from inspector.errors import ReportError
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_SECONDS = 24 * 3600
 FEED_KINDS = ("path", "stored", "random")
+CPU_PROVIDER = "CPUExecutionProvider"
 
 _ID = re.compile(r"[0-9a-f-]{1,64}")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
@@ -106,6 +108,10 @@ class _Fields:
     def is_null(self, key: str) -> bool:
         return key in self._data and self._data[key] is None
 
+    def is_there(self, key: str) -> bool:
+        """Whether the field is there at all: those of later versions are not in older files."""
+        return key in self._data
+
     def text(self, key: str) -> str:
         return str(self._get(key, str, "text"))
 
@@ -149,6 +155,27 @@ class _Fields:
 
     def feeds(self, key: str) -> FeedSource:
         return FeedSource.from_json(self.mapping(key), where=f"{key} of {self._where}")
+
+    def options(self, key: str) -> PairOptions:
+        return PairOptions.from_json(self.mapping(key), where=f"{key} of {self._where}")
+
+    def pairs_of_texts(self, key: str) -> tuple[tuple[str, str], ...]:
+        values = self._get(key, (list, tuple), "a list of pairs of texts")
+        for value in values:
+            whole = isinstance(value, (list, tuple)) and len(value) == 2
+            if not whole or not all(isinstance(each, str) for each in value):
+                self.refuse(key, "a list of pairs of texts")
+        return tuple((first, second) for first, second in values)
+
+    def pins(self, key: str) -> tuple[Pin, ...]:
+        found = []
+        for at, value in enumerate(self.mappings(key)):
+            fields = _Fields(value, f"{key}[{at}] of {self._where}")
+            quantized = None
+            if not fields.is_null("quantized_name"):
+                quantized = fields.text("quantized_name")
+            found.append(Pin(float_name=fields.text("float_name"), quantized_name=quantized))
+        return tuple(found)
 
 
 def _shown(value: Any) -> str:
@@ -236,6 +263,41 @@ class FeedSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PairOptions:
+    """How the two models of a pair are run and compared, beyond their feeds.
+
+    Attributes:
+        mask: the float model's input whose zeros mark padding; ``""`` for none.
+        states: (output, input) pairs of the float model that hand a state from sample to sample.
+        device: file or folder of tensors dumped from a device; ``""`` for none.
+        provider: ONNX Runtime's name of the execution provider of the deployed run.
+    """
+
+    mask: str = ""
+    states: tuple[tuple[str, str], ...] = ()
+    device: str = ""
+    provider: str = CPU_PROVIDER
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "states": [list(each) for each in self.states]}
+
+    @classmethod
+    def from_json(cls, data: Any, *, where: str = "the options") -> Self:
+        """The record in a JSON object; fields that are missing have their defaults.
+
+        Raises:
+            ReportError: a field is of another type; `where` names the object.
+        """
+        fields = _Fields({**cls().to_json(), **data} if isinstance(data, dict) else data, where)
+        return cls(
+            mask=fields.text("mask"),
+            states=fields.pairs_of_texts("states"),
+            device=fields.text("device"),
+            provider=fields.text("provider"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairRecord:
     """A float and a quantized model that were loaded together.
 
@@ -244,6 +306,7 @@ class PairRecord:
         inputs: what the comparison runs on.
         calibration: what ranges are observed on; None for the first half of `inputs`.
         created: ISO 8601, UTC.
+        options: how they are run and compared; files of earlier versions lack it.
     """
 
     id: str
@@ -253,6 +316,7 @@ class PairRecord:
     inputs: FeedSource
     calibration: FeedSource | None
     created: str
+    options: PairOptions = PairOptions()
 
     def to_json(self) -> dict[str, Any]:
         quantized, calibration = self.quantized_model, self.calibration
@@ -264,6 +328,7 @@ class PairRecord:
             "inputs": self.inputs.to_json(),
             "calibration": None if calibration is None else calibration.to_json(),
             "created": self.created,
+            "options": self.options.to_json(),
         }
 
     @classmethod
@@ -284,6 +349,7 @@ class PairRecord:
             inputs=fields.feeds("inputs"),
             calibration=None if fields.is_null("calibration") else fields.feeds("calibration"),
             created=fields.time("created"),
+            options=fields.options("options") if fields.is_there("options") else PairOptions(),
         )
 
 
@@ -301,6 +367,8 @@ class RunRecord:
         seconds: how long it took.
         summary: headline numbers; non-finite ones as strings.
         effects: what each exclusion really changed.
+        pins: matches set by hand, in effect when it was last compared; files of earlier versions
+            lack them.
     """
 
     id: str
@@ -316,6 +384,7 @@ class RunRecord:
     summary: dict[str, Any]
     effects: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    pins: tuple[Pin, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "model": self.model.to_json()}
@@ -342,7 +411,13 @@ class RunRecord:
             summary=fields.mapping("summary"),
             effects=fields.mappings("effects"),
             notes=fields.texts("notes"),
+            pins=fields.pins("pins") if fields.is_there("pins") else (),
         )
+
+
+def detail_key(kind: str, tensor: str, quantized_name: str) -> str:
+    """The key under which one pair's values are kept: another partner has other values."""
+    return f"{kind}:{tensor}={quantized_name}"
 
 
 # Files.
@@ -638,6 +713,20 @@ class Workspace:
             self._publish(made, path.parent)
         return run
 
+    def replace_comparison(self, run: RunRecord, comparison: Mapping[str, Any]) -> None:
+        """Replaces a saved run's comparison and record, e.g. after a match was set by hand.
+
+        Each of the two files is whole at any time. The comparison goes first and names its own
+        pins, so after a crash between the two the figures still say what they rest on.
+
+        Args:
+            run: the record to keep from now on; its id is that of a saved run.
+            comparison: strict JSON.
+        """
+        path = self._existing("run", run.id)
+        self._write_json(path.with_name("comparison.json"), dict(comparison))
+        self._write_json(path, self._portable(run.to_json()))
+
     def run(self, run_id: str) -> RunRecord:
         return self._record(RunRecord, self._existing("run", run_id))
 
@@ -650,6 +739,11 @@ class Workspace:
 
     def comparison(self, run_id: str) -> dict[str, Any]:
         return self._read_json(self._existing("run", run_id).with_name("comparison.json"))
+
+    def comparison_stamp(self, run_id: str) -> tuple[int, int]:
+        """What changes when a run is compared anew: time and size of its comparison."""
+        facts = self._existing("run", run_id).with_name("comparison.json").stat()
+        return facts.st_mtime_ns, facts.st_size
 
     def run_folder(self, run_id: str) -> Path:
         return self._existing("run", run_id).parent

@@ -11,7 +11,8 @@ import base64
 import io
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
-from inspector.compare import PairRunner, compare_models, plain
-from inspector.comparison import Comparison, judged_db
+from inspector.compare import PairRunner, compare_models, feed_for_quantized, plain
+from inspector.comparison import Comparison, Pin, judged_db
+from inspector.devices import load_dump
 from inspector.errors import FeedError, ReportError
 from inspector.exclusions import (
     ExclusionEntry,
@@ -33,28 +35,38 @@ from inspector.exclusions import (
 from inspector.exclusions import to_json as exclusions_json
 from inspector.feeds import Feeds, image_feeds, load_feeds, random_feeds, split_calibration
 from inspector.images import Preprocess
-from inspector.matching import ActivationPair, WeightPair, match_tensors, rectify
-from inspector.model import Model, load_model
+from inspector.matching import ActivationPair, Matching, WeightPair, match_tensors, rectify
+from inspector.model import Model
+from inspector.model_files import load_model
+from inspector.padding import Padding
 from inspector.prepare import prepare
 from inspector.qparams import INTEGER_DTYPES, QParams
 from inspector.quantize import quantize_model
 from inspector.recipe import QuantConfig, read_recipe
 from inspector.render import comparison_json, headline, read_comparison, strict
-from inspector.runtime import Progress, no_progress, part_of
+from inspector.runtime import Progress, available_providers, no_progress, part_of
 from inspector.scheme import count_scheme, read_scheme, stored_values
+from inspector.states import Carried, check_states, likely_states
 from inspector.stats import Histogram, saturated_counts
 from inspector.store import (
     FeedSource,
+    PairOptions,
     PairRecord,
     RunRecord,
     StoredModel,
     Workspace,
+    detail_key,
     new_id,
     utc_now,
 )
+from inspector.structure import View
+from inspector.watches import in_float_layout, real_values
 
 HISTOGRAM_BINS = 192
 MAP_BINS = 96
+# Samples that are looked at for padding, and pairs of an output and an input for a state.
+PADDING_SAMPLES = 16
+STATE_PAIRS = 400
 
 
 @lru_cache(maxsize=6)
@@ -179,6 +191,7 @@ def load_pair(
     quantized_path: Path | None,
     inputs: FeedSource,
     calibration: FeedSource | None = None,
+    options: PairOptions | None = None,
     title: str = "",
     progress: Progress = no_progress,
 ) -> str:
@@ -190,11 +203,12 @@ def load_pair(
     """
     begin = time.perf_counter()
     workspace = Workspace(root)
+    options = options or PairOptions()
     progress(0.0, "reading the models")
     float_model = _open(float_path)
     quantized = None if quantized_path is None else _open(quantized_path)
-    stamp = [_stamp(source) for source in (inputs, calibration) if source is not None]
-    known = _known_run(workspace, float_model, quantized, inputs, calibration, stamp)
+    stamp = _stamps(inputs, calibration, options)
+    known = _known_run(workspace, float_model, quantized, (inputs, calibration, options), stamp)
     if known is not None:
         workspace.set_current_pair(known.pair_id)
         return known.id
@@ -211,6 +225,7 @@ def load_pair(
         inputs=inputs,
         calibration=calibration,
         created=utc_now(),
+        options=options,
     )
     if quantized is None:
         run_id = _quantize(
@@ -218,9 +233,10 @@ def load_pair(
             save_pair=True,
         )  # fmt: skip
     else:
-        comparison = compare_models(
-            float_model, quantized, feeds, progress=part_of(progress, 0.05, 0.98)
-        )
+        comparison = _compare(
+            pair, float_model, quantized, feeds, loaded=True,
+            progress=part_of(progress, 0.05, 0.98),
+        )  # fmt: skip
         recipe = read_recipe(quantized)
         workspace.save_pair(pair)
         assert pair.quantized_model is not None
@@ -244,10 +260,54 @@ def load_pair(
     return run_id
 
 
-def _stamp(source: FeedSource) -> list[int]:
-    """What changes when the files of a feed source do: number, size and time."""
-    path = Path(source.path)
-    if source.kind == "random" or not path.exists():
+def _compare(
+    pair: PairRecord,
+    float_model: Model,
+    quantized: Model,
+    feeds: Feeds,
+    *,
+    loaded: bool,
+    seen: Sequence[bool] | None = None,
+    pins: Sequence[Pin] = (),
+    again: bool = False,
+    progress: Progress = no_progress,
+) -> Comparison:
+    """A comparison as the pair's options want it.
+
+    Args:
+        loaded: `quantized` is the file that the pair was loaded with. Only that one is set beside
+            tensors of a device: they were computed by that file.
+        again: latency, and what makes the deployed outputs differ, are known already.
+    """
+    options = pair.options
+    dump = load_dump(Path(options.device), feeds.names) if loaded and options.device else None
+    return compare_models(
+        float_model,
+        quantized,
+        feeds,
+        seen=seen,
+        pins=pins,
+        mask=options.mask,
+        states=options.states,
+        provider=options.provider,
+        actual=dump,
+        measure_latency=not again,
+        explain_deployed=not again,
+        progress=progress,
+    )
+
+
+def _stamps(
+    inputs: FeedSource, calibration: FeedSource | None, options: PairOptions
+) -> list[list[int]]:
+    sources = [Path(s.path) for s in (inputs, calibration) if s is not None and s.kind != "random"]
+    stamps = [_stamp(path) for path in sources]
+    return [*stamps, _stamp(Path(options.device))] if options.device else stamps
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file or the files of a folder do: number, size and time."""
+    if not path.exists():
         return []
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     facts = [f.stat() for f in files]
@@ -262,17 +322,16 @@ def _known_run(
     workspace: Workspace,
     float_model: Model,
     quantized: Model | None,
-    inputs: FeedSource,
-    calibration: FeedSource | None,
+    wanted: tuple[FeedSource, FeedSource | None, PairOptions],
     stamp: list[list[int]],
 ) -> RunRecord | None:
-    """The latest run of a pair of these very files, None where there is none."""
+    """The latest run of a pair of these very files and options, None where there is none."""
     for pair in workspace.pairs():
         twin = pair.quantized_model
         if (
             pair.float_model.sha256 == float_model.sha256
             and (None if twin is None else twin.sha256) == (quantized.sha256 if quantized else None)
-            and (pair.inputs, pair.calibration) == (inputs, calibration)
+            and (pair.inputs, pair.calibration, pair.options) == wanted
         ):
             runs = workspace.runs(pair.id)
             if runs and runs[0].summary.get("feeds_stamp") == stamp:
@@ -294,9 +353,13 @@ def _quantize(
     parent: RunRecord | None,
     base: RunRecord | None,
     progress: Progress,
+    pins: Sequence[Pin] = (),
     save_pair: bool = False,
 ) -> str:
-    """Quantizes, compares and saves one run; returns its id."""
+    """Quantizes, compares and saves one run; returns its id.
+
+    Of `pins`, those hold whose tensors both models have.
+    """
     begin = time.perf_counter()
     float_model = _open(pair.float_model.path)
     feeds = open_feeds(pair.inputs, float_model)
@@ -314,11 +377,11 @@ def _quantize(
             progress=part_of(progress, 0.0, 0.5),
         )
         quantized = load_model(target)
-        # Dynamic quantization observes no ranges beforehand: every feed is unseen.
-        seen = split.seen if config.static else (False,) * len(feeds)
-        comparison = compare_models(
-            float_model, quantized, feeds, seen=seen, progress=part_of(progress, 0.5, 0.95)
-        )
+        kept = _still_there(pins, quantized)
+        comparison = _compare(
+            pair, float_model, quantized, feeds, loaded=False, pins=kept,
+            seen=_seen(config, split.seen), progress=part_of(progress, 0.5, 0.95),
+        )  # fmt: skip
         progress(0.96, "reading back what was changed")
         prepared = prepare(float_model, config, workspace.cache)
         effects: list[dict[str, Any]] = []
@@ -329,8 +392,8 @@ def _quantize(
             found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline, config)
             made_notes += resolved.notes
             effects = [_record(e) for e in found]
-        sources = [s for s in (pair.inputs, pair.calibration) if s is not None]
-        summary = _summary(comparison) | {"feeds_stamp": [_stamp(s) for s in sources]}
+        stamps = _stamps(pair.inputs, pair.calibration, pair.options)
+        summary = _summary(comparison) | {"feeds_stamp": stamps}
         before = base.summary if base is not None else None
         summary["before"] = None if before is None else before["outputs"]
         file = pair.float_model.path
@@ -352,6 +415,14 @@ def _quantize(
             _exclusion_list(float_model, config, exclude, comparison, base)
         )
         notes = list(dict.fromkeys(made_notes))
+        lost = [pin.float_name for pin in pins if pin not in kept]
+        if lost:
+            notes.append(
+                f"matched by hand in the run before, but not here, where the tensor is not: "
+                f"{', '.join(lost)}"
+            )
+        if pair.options.device:
+            notes.append("the device's tensors are those of the loaded file: not set beside this")
         if base is None and parent is not None and parent.number == 0:
             notes += _against_loaded(parent, comparison)
         if save_pair:
@@ -371,6 +442,7 @@ def _quantize(
             summary=strict(summary),
             effects=tuple(effects),
             notes=tuple(notes),
+            pins=tuple(kept),
         )
         data = target.with_name(target.name + ".data")
         run = workspace.save_run(
@@ -381,6 +453,90 @@ def _quantize(
         )
     progress(1.0, "saved")
     return run.id
+
+
+def _seen(config: QuantConfig, seen: Sequence[bool]) -> Sequence[bool]:
+    """Dynamic quantization observes no ranges beforehand: every feed is unseen."""
+    return seen if config.static else (False,) * len(seen)
+
+
+def _still_there(pins: Sequence[Pin], quantized: Model) -> list[Pin]:
+    if not pins:
+        return []
+    view = View(quantized)
+    known: Collection[str] = {*view.root, *view.constants}
+    return [p for p in pins if p.quantized_name is None or p.quantized_name in known]
+
+
+def rematch(
+    root: Path, *, run_id: str, pins: Sequence[Pin], progress: Progress = no_progress
+) -> str:
+    """Compares a run anew with these matches set by hand; its id. The pins stay with the run.
+
+    Latency is not measured again. Where the comparison fails, the run keeps the one it has.
+
+    Raises:
+        ModelError: a pin names a tensor that is not there, or two that cannot be a pair.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    progress(0.0, "reading the models")
+    float_model, quantized = _open(pair.float_model.path), _open(run.model.path)
+    feeds = open_feeds(pair.inputs, float_model)
+    seen: Sequence[bool] | None = None
+    if run.number > 0:
+        config = QuantConfig.from_json(run.recipe)
+        own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
+        split = split_calibration(feeds, own, limit=config.calibration_samples)
+        seen = _seen(config, split.seen)
+    comparison = _compare(
+        pair, float_model, quantized, feeds, loaded=run.number == 0, seen=seen, pins=pins,
+        again=True, progress=part_of(progress, 0.05, 0.98),
+    )  # fmt: skip
+    before = read_comparison(workspace.comparison(run_id))
+    causes = {o.name: o.deployed_cause for o in before.outputs}
+    comparison = replace(
+        comparison,
+        latency=before.latency,
+        outputs=tuple(
+            replace(o, deployed_cause=causes.get(o.name, "")) for o in comparison.outputs
+        ),
+    )
+    run = replace(run, pins=tuple(pins), summary={**run.summary, **_summary(comparison)})
+    workspace.replace_comparison(run, comparison_json(comparison, detail=True))
+    progress(1.0, "saved")
+    return run.id
+
+
+def list_tensors(
+    root: Path, *, run_id: str, progress: Progress = no_progress
+) -> dict[str, list[dict[str, Any]]]:
+    """The tensors that can be matched by hand, under "float" and "quantized".
+
+    Of each its name, shape (sizes that are not fixed and shapes that are not known are None) and
+    whether it is constant: constants are matched with constants only.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    listed = {}
+    for at, (side, path) in enumerate(
+        (("float", pair.float_model.path), ("quantized", run.model.path))
+    ):
+        progress(at / 2, f"reading the {side} model")
+        model = _open(path)
+        view = View(model)
+        listed[side] = [
+            {"name": name, "shape": _sizes(model, name), "constant": name in view.constants}
+            for name in dict.fromkeys((*view.root, *view.constants))
+        ]
+    return listed
+
+
+def _sizes(model: Model, name: str) -> list[int | None] | None:
+    shape = model.info(name).shape
+    return None if shape is None else [d if isinstance(d, int) else None for d in shape]
 
 
 def _command_path(source: FeedSource | None) -> str | None:
@@ -470,7 +626,8 @@ def requantize(
     """The id of a new run of a pair: a recipe plus an exclusion list, quantized and compared.
 
     Before and after always compare runs of one recipe, so the run without exclusions is made
-    first where this recipe has none yet. A request that was carried out before gives its run.
+    first where this recipe has none yet. Matches set by hand go along. A request that was carried
+    out before gives its run.
     """
     workspace = Workspace(root)
     parent = workspace.run(run_id)
@@ -486,7 +643,7 @@ def requantize(
     if base is None:
         stop = 0.5 if exclude else 1.0
         base_id = _quantize(
-            workspace, pair, options, (), parent=loaded, base=None,
+            workspace, pair, options, (), parent=loaded, base=None, pins=parent.pins,
             progress=part_of(progress, 0.0, stop),
         )  # fmt: skip
         if not exclude:
@@ -494,8 +651,9 @@ def requantize(
         base = workspace.run(base_id)
         progress = part_of(progress, stop, 1.0)
     return _quantize(
-        workspace, pair, options, tuple(exclude), parent=parent, base=base, progress=progress
-    )
+        workspace, pair, options, tuple(exclude), parent=parent, base=base, pins=parent.pins,
+        progress=progress,
+    )  # fmt: skip
 
 
 def propose_free(
@@ -554,14 +712,28 @@ def inspect_tensor(
         ReportError: the run compares no such tensor.
     """
     workspace = Workspace(root)
-    key = f"{kind}:{tensor}"
+    comparison = read_comparison(workspace.comparison(run_id))
+    records = comparison.activations if kind == "activation" else comparison.weights
+    known = next((r for r in records if r.name == tensor), None)
+    if known is None:
+        raise ReportError(
+            f"this run compares no {kind} called {tensor!r}",
+            hint="Choose a tensor from the table on the overview.",
+        )
+    key = detail_key(kind, tensor, known.quantized_name)
     kept = workspace.detail(run_id, key)
     if kept is not None:
         return kept
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
     float_model, quantized = _open(pair.float_model.path), _open(run.model.path)
-    matching = match_tensors(float_model, quantized)
+    # What was matched by the values seen on the feeds is known from the comparison.
+    seen = [
+        Pin(float_name=a.name, quantized_name=a.quantized_name)
+        for a in comparison.activations
+        if a.matched_by == "content"
+    ]
+    matching = match_tensors(float_model, quantized, pins=(*comparison.pins, *seen))
     progress(0.1, "reading the tensor")
     pairs: Sequence[ActivationPair | WeightPair] = (
         matching.activations if kind == "activation" else matching.weights
@@ -575,11 +747,8 @@ def inspect_tensor(
     if isinstance(found, WeightPair):
         detail = _weight_detail(found, quantized)
     else:
-        comparison = read_comparison(workspace.comparison(run_id))
-        detail = _activation_detail(
-            found, comparison, float_model, quantized, open_feeds(pair.inputs, float_model),
-            matching, progress,
-        )  # fmt: skip
+        detail = _activation_detail(found, comparison, float_model, quantized, pair, matching,
+                                    progress)  # fmt: skip
     result: dict[str, Any] = strict(detail)
     workspace.write_detail(run_id, key, result)
     return result
@@ -593,15 +762,17 @@ def _weight_detail(pair: WeightPair, quantized: Model) -> dict[str, Any]:
         if pair.quantized is not None
         else quantized.constant(pair.quantized_name)
     )
-    if actual is None or actual.shape != reference.shape:
+    if actual is None:
         raise ReportError(
-            f"the values of {pair.quantized_name} cannot be set against {pair.name}",
+            f"the values of {pair.quantized_name} cannot be read",
             hint="Choose another tensor from the table on the overview.",
         )
+    _check_shapes(pair.name, pair.quantized_name, reference, actual)
     finite = reference[np.isfinite(reference)]
     low = float(finite.min()) if finite.size else 0.0
     high = float(finite.max()) if finite.size else 0.0
-    bins = _Bins(low, high, qparams, float(np.abs(reference - actual).max(initial=0.0)))
+    _, _, spread = _finite_ranges([(reference, actual, None)])
+    bins = _Bins(low, high, qparams, spread)
     bins.add(reference, actual, reference if qparams is not None else None)
     return bins.detail(pair.name, pair.node.name, pair.kind)
 
@@ -611,31 +782,81 @@ def _activation_detail(
     comparison: Comparison,
     float_model: Model,
     quantized: Model,
-    feeds: Feeds,
-    matching: Any,
+    record: PairRecord,
+    matching: Matching,
     progress: Progress,
 ) -> dict[str, Any]:
-    known = next((a for a in comparison.activations if a.name == pair.name), None)
-    if known is None:
-        raise ReportError(
-            f"this run compares no activation called {pair.name!r}",
-            hint="Choose a tensor from the table on the overview.",
-        )
+    """The values of a pair on the feeds that the comparison saw, with its mask and its states."""
+    known = next(a for a in comparison.activations if a.name == pair.name)
+    feeds = open_feeds(record.inputs, float_model)
     runner = PairRunner(float_model, quantized, matching, [pair])
-    spread = max(known.max_abs_error, 0.0)
-    if math.isfinite(known.mse):
+    padding = Padding(float_model, comparison.mask) if comparison.mask else None
+    if padding is not None:
+        masks = [padding.mask_of(feed, feeds.names[at]) for at, feed in enumerate(feeds)]
+        for at in padding.telling(masks):
+            padding.learn(masks[at], runner.run(feeds[at], feeds.names[at])[0])
+    theirs = [(matching.outputs[o], matching.inputs[i]) for o, i in comparison.states]
+
+    def values(told: Progress) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]]:
+        """Float values, what consumers read, and the latter before its Q, part by part."""
+        states = Carried(comparison.states), Carried(theirs)
+        for at, feed in enumerate(feeds):
+            told(at / len(feeds), f"sample {at + 1} of {len(feeds)}")
+            name = feeds.names[at]
+            its_feed = states[1].into(feed_for_quantized(matching, feed), name)
+            reference, actual = runner.run(states[0].into(feed, name), name, its_feed)
+            states[0].keep(reference)
+            states[1].keep(actual)
+            after = real_values(pair, actual[pair.after])
+            before = actual.get(pair.before) if pair.before else None
+            if before is not None:
+                before = rectify(in_float_layout(pair, before), pair.rectifier, float_model)
+            _check_shapes(pair.name, pair.after, reference[pair.name], after)
+            if padding is None:
+                yield reference[pair.name], after, before
+                continue
+            padding.use(padding.mask_of(feed, name))
+            parts = [padding.parts(pair.name, a) for a in (reference[pair.name], after)]
+            befores: list[Any] = [None] * len(parts[0])
+            if before is not None:
+                befores = padding.parts(pair.name, before)
+            yield from zip(*parts, befores, strict=True)
+
+    low, high, spread = known.observed_low, known.observed_high, known.max_abs_error
+    start = 0.1
+    if not all(map(math.isfinite, (low, high, spread))):
+        start = 0.55
+        low, high, spread = _finite_ranges(values(part_of(progress, 0.1, start)))
+    elif math.isfinite(known.mse):
         spread = min(spread, 8 * math.sqrt(known.mse))
-    bins = _Bins(known.observed_low, known.observed_high, pair.qparams, spread)
-    for at, feed in enumerate(feeds):
-        progress(0.1 + 0.9 * at / len(feeds), f"sample {at + 1} of {len(feeds)}")
-        reference, actual = runner.run(feed, feeds.names[at])
-        after = actual[pair.after]
-        if pair.integers and pair.qparams is not None:
-            after = pair.qparams.dequantize(after)
-        before = actual.get(pair.before) if pair.before else None
-        real = None if before is None else rectify(before, pair.rectifier, float_model)
-        bins.add(reference[pair.name], after, real)
+    bins = _Bins(low, high, pair.qparams, spread)
+    for arrays in values(part_of(progress, start, 1.0)):
+        bins.add(*arrays)
     return bins.detail(pair.name, pair.node.name if pair.node else "", "activation")
+
+
+def _finite_ranges(
+    values: Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]],
+) -> tuple[float, float, float]:
+    """Lowest and highest finite float value and the largest finite error; zeros for none."""
+    low, high, spread = math.inf, -math.inf, 0.0
+    for reference, actual, _ in values:
+        finite = reference[np.isfinite(reference)].astype(np.float64)
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        both = np.isfinite(reference) & np.isfinite(actual)
+        error = np.abs(reference[both].astype(np.float64) - actual[both])
+        spread = max(spread, float(error.max(initial=0.0)))
+    return (low, high, spread) if low <= high else (0.0, 0.0, spread)
+
+
+def _check_shapes(name: str, other: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
+    if reference.shape != actual.shape:
+        raise ReportError(
+            f"the values of {other} ({list(actual.shape)}) cannot be set against {name} "
+            f"({list(reference.shape)})",
+            hint="Choose another tensor, or pin this one to a tensor of its own shape.",
+        )
 
 
 class _Bins:
@@ -738,6 +959,56 @@ def _edges(low: float, high: float, qparams: QParams | None) -> NDArray[np.float
 
 
 # -- feeds ---------------------------------------------------------------------------------------
+
+
+def list_options(
+    *, float_path: Path, inputs: FeedSource | None = None, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """What a pair's options can be: inputs, states that fit and look likely, a mask, providers.
+
+    Args:
+        float_path: the float model.
+        inputs: the feeds, looked at for padding; None where none are chosen yet.
+        progress: see `runtime.Progress`.
+    """
+    model = _open(Path(float_path))
+    progress(0.4, "looking for masks and states")
+    possible = [(o.name, i.name) for o in model.outputs for i in model.inputs][:STATE_PAIRS]
+    states = list(dict.fromkeys((*likely_states(model), *filter(_carries(model), possible))))
+    return {
+        "inputs": [i.name for i in model.inputs],
+        "mask": _padding_mask(model, inputs),
+        "states": [list(each) for each in states],
+        "likely_states": [list(each) for each in likely_states(model)],
+        "providers": list(available_providers()),
+    }
+
+
+def _carries(model: Model) -> Callable[[tuple[str, str]], bool]:
+    """Whether an output can be the state of an input: same type and shape."""
+
+    def fits(pair: tuple[str, str]) -> bool:
+        try:
+            check_states([pair], model)
+        except FeedError:
+            return False
+        return True
+
+    return fits
+
+
+def _padding_mask(model: Model, source: FeedSource | None) -> str:
+    """The input called a mask that marks padding in one of the first feeds; "" for none."""
+    masks = [i.name for i in model.inputs if "mask" in i.name.lower()]
+    if not masks or source is None:
+        return ""
+    feeds = open_feeds(source, model)
+    if source.kind != "random":
+        for feed in feeds.subset(range(min(len(feeds), PADDING_SAMPLES))):
+            for name in masks:
+                if name in feed and feed[name].dtype.kind in "biuf" and not feed[name].all():
+                    return name
+    return ""
 
 
 def preview_feed(

@@ -50,6 +50,7 @@ with st.expander("Load your own models", expanded=view is None, key="load", on_c
                         quantized_path=chosen.quantized_path,
                         inputs=chosen.inputs,
                         calibration=chosen.calibration,
+                        options=chosen.options,
                         pair_title=chosen.title,
                         title=f"Comparing {chosen.title}",
                     ),

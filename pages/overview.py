@@ -1,10 +1,12 @@
 """What broke, and where does the error enter?"""
 
+from functools import partial
+
 import streamlit as st
 
 from inspector import figures
 from inspector.render import find_headline
-from inspector.web import facts, session, style, tables, widgets
+from inspector.web import basis, facts, matches, session, style, tables, widgets
 
 PICTURE, TABLE = "depth", "tensors"
 
@@ -27,21 +29,25 @@ widgets.tiles(facts.overview_tiles(view, headline.output))
 parts = facts.uneven(comparison, headline.output)
 left, right = st.columns([1.75, 1], gap="small") if parts else (st.container(), None)
 with left:
+    depth = partial(
+        figures.error_by_depth,
+        comparison,
+        selected=view.tensor,
+        excluded=view.run.exclusions,
+        dark=style.is_dark(),
+    )
     widgets.picture(
-        figures.error_by_depth(
-            comparison,
-            selected=view.tensor,
-            excluded=view.run.exclusions,
-            dark=style.is_dark(),
-        ),
+        depth(),
         key=PICTURE,
         name=f"{view.pair.title}-run{view.run.number}-error-by-depth",
         alt="SQNR of every tensor in topological order; click a point to select its tensor",
         clickable=True,
+        whole=partial(depth, most=None),
     )
 if right is not None and parts is not None:
     with right:
         widgets.parts_table(parts)
+basis.panel(view, key="basis")
 
 # ask: which tensors the table lists; the answer is in the address
 with st.container(
@@ -66,7 +72,4 @@ widgets.tensor_table(
 )
 widgets.notes(comparison.warnings, "warning")
 widgets.notes(view.run.notes, "note")
-if comparison.unmatched:
-    label = widgets.count(len(comparison.unmatched), "tensor")
-    with st.expander(f"{label} not compared, with the reason"):
-        st.dataframe(tables.unmatched(comparison.unmatched), hide_index=True)
+matches.not_compared(view, key="not-compared")

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from inspector.render import comparison_csv, comparison_json, dump_json, find_headline
-from inspector.web import facts, session, tables, widgets
+from inspector.web import basis, facts, session, tables, widgets
 
 # get
 view = session.view()
@@ -42,14 +42,18 @@ with st.container(horizontal=True, vertical_alignment="center", key="downloads")
         key="csv",
     )
     st.caption("Format quant-inspector/comparison, version 1: the same as the command line writes.")
+basis.panel(view, key="basis")
 st.subheader("Outputs", anchor=False)
 st.dataframe(tables.outputs(comparison), hide_index=True)
 st.subheader("Compared", anchor=False)
 st.dataframe(tables.provenance(view), hide_index=True)
 widgets.notes(comparison.warnings, "warning")
 widgets.notes(view.run.notes, "note")
-with st.expander("All tensors"):
-    st.dataframe(tables.tensors(comparison), hide_index=True, column_config=tables.tensor_columns())
+with st.expander("All tensors", key="all-tensors", on_change="rerun") as everything:
+    if everything.open:
+        frame = tables.tensors(comparison)
+        widgets.limited(frame, view, key="report")
+        st.dataframe(frame, hide_index=True, column_config=tables.tensor_columns())
 commands = view.run.summary.get("commands", {})
 if isinstance(commands, dict) and commands.get("inspector"):
     st.subheader("The same from the command line", anchor=False)

@@ -3,9 +3,9 @@
 import streamlit as st
 
 from inspector import figures
-from inspector.comparison import ActivationError
+from inspector.comparison import ActivationError, WeightError
 from inspector.render import shorten_name
-from inspector.web import facts, session, style, tables, widgets
+from inspector.web import facts, matches, session, style, tables, widgets, words
 
 # get
 view = session.view()
@@ -17,6 +17,16 @@ if view is None:
 assert view is not None
 widgets.context_bar(view)
 record = view.record
+wanted = st.query_params.get("tensor", "")
+if wanted != view.tensor and matches.unmatched_of(view, wanted) is not None:
+    # Refused by hand, or found in a list: it has no figures, but it can be matched.
+    with st.container(horizontal=True, vertical_alignment="center", key="unmatched"):
+        st.markdown(
+            f":orange[▲] {words.md_code(shorten_name(wanted, 60))} is not compared", width="content"
+        )
+        with st.popover("Match it", icon=":material/link:", key="lost", on_change="rerun") as lost:
+            if lost.open:
+                matches.choice(view, wanted, key="lost-match")
 if record is None:
     widgets.sentence("No tensor of the two models could be compared")
     st.markdown("The overview lists every tensor that is not compared, with the reason.")
@@ -36,14 +46,29 @@ with st.container(horizontal=True, vertical_alignment="center", key="tensor-cont
 
 # show: what is known without running anything
 widgets.sentence(facts.tensor_sentence(record), style.severity(session.rank_of(record)))
-short = widgets.md_code(shorten_name(record.name, 44))
-node = f"of {record.op_type} {widgets.md_code(shorten_name(record.node, 44))}"
-note = f" · {widgets.md_text(record.note)}" if record.note else ""
-st.caption(
-    f"{view.kind} {short} {node if record.node else '(graph input)'} · stored as "
-    f"{record.dtype} · {' × '.join(map(str, record.shape)) or 'scalar'}{note}",
-    help=f"Tensor {widgets.md_code(record.name)}, node {widgets.md_code(record.node)}",
-)
+short = words.md_code(shorten_name(record.name, 44))
+op_type = words.md_text(shorten_name(record.op_type, 24))
+node = f"of {op_type} {words.md_code(shorten_name(record.node, 44))}"
+note = f" · {words.md_text(record.note)}" if record.note else ""
+inside = record.scope if isinstance(record, WeightError) else ""
+if inside:
+    note = f" · in {words.md_code(shorten_name(inside, 40))}{note}"
+with st.container(horizontal=True, vertical_alignment="center", key="what", gap="small"):
+    with st.popover(
+        matches.button_label(view),
+        icon=":material/push_pin:" if record.matched_by == "pin" else ":material/link:",
+        key=f"match-{view.run.id}",
+        on_change="rerun",
+        help="Which rule found the partner; refuse it, or pin another tensor.",
+    ) as match:
+        if match.open:
+            matches.choice(view, record.name, key="match")
+    st.caption(
+        f"{view.kind} {short} {node if record.node else '(graph input)'} · stored as "
+        f"{words.md_text(record.dtype)} · {' × '.join(map(str, record.shape)) or 'scalar'}{note}",
+        help=f"Tensor {words.md_code(record.name)}, node {words.md_code(record.node)}, matched "
+        f"with {words.md_code(record.quantized_name)}",
+    )
 with st.container(key="formula"):
     st.code(facts.formula(record), language=None)
 widgets.tiles(facts.tensor_tiles(record))
@@ -70,8 +95,9 @@ if answer.job is not None:
         st.container(height=300, border=True, key="wait-errors")
     right.container(height=380, border=True, key="wait-map")
 elif answer.error is not None:
-    widgets.error(answer.error)
-    st.button("Try again", on_click=session.forget_tensor, args=(view,), key="again")
+    with left:
+        widgets.error(answer.error)
+    left.button("Try again", on_click=session.forget_tensor, args=(view,), key="again")
 else:
     with left:
         widgets.picture(
@@ -93,7 +119,9 @@ else:
             name=f"{name}-map",
             alt="Float value against dequantized value",
         )
-        st.table(tables.tensor_facts(record), border="horizontal", hide_header=True)
+with right:
+    told = widgets.as_markdown(tables.tensor_facts(record, view.comparison))
+    st.table(told, border="horizontal", hide_header=True)
 if record.channel_sqnr_db:
     activation = isinstance(record, ActivationError)
     low = record.channel_low if isinstance(record, ActivationError) else tuple(

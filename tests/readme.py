@@ -18,9 +18,13 @@ README = ROOT / "README.md"
 
 # A module imports only modules above it. `web` is the Streamlit side.
 ORDER = (
-    *("errors", "qparams", "metrics", "stats", "comparison", "model", "scheme", "matching"),
-    *("images", "random_feeds"),
-    *("feeds", "runtime", "timing", "compare", "calibration", "recipe", "prepare", "quantize"),
+    *("errors", "qparams", "metrics", "stats", "comparison", "model", "model_checks"),
+    *("model_files", "folding", "scheme"),
+    *("content", "structure", "likeness", "alignment", "weights", "endpoints", "matching"),
+    *("arrays", "images", "random_feeds", "texts", "feeds", "runtime", "timing"),
+    *("kernels", "devices", "padding", "watches", "nonfinite", "states", "batches", "pairs"),
+    *("compare",),
+    *("calibration", "recipe", "prepare", "quantize"),
     *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "cli", "web"),
 )
 

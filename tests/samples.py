@@ -139,3 +139,12 @@ def npz_folder(folder: Path, feeds: Sequence[dict[str, Any]]) -> Path:
     for at, feed in enumerate(feeds):
         np.savez(folder / f"{at:02}.npz", **feed)
     return folder
+
+
+# For scripts that tests run in a process of their own: peak resident memory in bytes. Linux starts
+# ru_maxrss of a new process with its parent's peak, so it says nothing about a small child.
+PEAK_BYTES = """
+def peak_bytes():
+    with open("/proc/self/status") as status:
+        return next(int(l.split()[1]) * 1024 for l in status if l.startswith("VmHWM"))
+"""

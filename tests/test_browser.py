@@ -13,10 +13,13 @@ from playwright.sync_api import Browser, Page, expect
 
 from inspector import workbench
 from inspector.cli import main as cli_main
+from inspector.comparison import Pin
 from inspector.render import format_db
 from inspector.store import FeedSource, Workspace
+from inspector.web.tasks import load_sample
 from tests.browser import CHART, CHROMIUM, chromium, running_app
 from tests.samples import MODELS, ROOT, needs_models
+from tests.test_pages import load_hostile
 
 SAMPLE = ROOT / "sample_models" / "digit-detector"
 PATIENCE = 90_000
@@ -89,6 +92,57 @@ def test_a_user_sees_the_collapse_excludes_the_node_and_gets_the_command_lines_n
         page.reload()
         expect(page.get_by_text("run 2").first).to_be_visible(timeout=PATIENCE)
         assert re.search(r"run=[0-9a-f]{32}", page.url)
+
+
+def test_a_match_is_pinned_and_its_row_says_so(page: Page, tmp_path: Path) -> None:
+    run_id = load_sample(tmp_path, "digit-detector", progress=lambda *_: None)
+    name = "/head/Sigmoid_output_0"
+    with running_app(tmp_path) as address:
+        page.goto(f"{address}/tensors?run={run_id}&tensor={name}")
+        page.get_by_role("button", name="Matched by name").click(timeout=PATIENCE)
+        box = page.get_by_role("combobox", name="Pin to another tensor of the quantized model")
+        box.fill(name, timeout=PATIENCE)
+        page.get_by_role("option", name=name, exact=True).click(timeout=PATIENCE)
+        page.get_by_role("button", name="Pin", exact=True).click()
+        pinned = page.get_by_role("button", name="Matched by hand")
+        expect(pinned).to_be_visible(timeout=PATIENCE)
+        assert Workspace(tmp_path).run(run_id).pins == (Pin(float_name=name, quantized_name=name),)
+        page.reload()
+        expect(pinned).to_be_visible(timeout=PATIENCE)
+
+
+def test_hostile_names_become_no_elements(page: Page, tmp_path: Path) -> None:
+    run_id = load_hostile(tmp_path)
+    said: list[str] = []
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    with running_app(tmp_path) as address:
+        for name in ("overview", "tensors", "exclusions", "models", "report"):
+            page.goto(f"{address}/{name}?run={run_id}")
+            expect(page.locator(".st-key-context")).to_be_visible(timeout=PATIENCE)
+            if name == "overview":
+                expect(page.locator(CHART).first).to_be_visible(timeout=PATIENCE)
+                page.locator(".st-key-basis summary").click()
+                page.locator(".st-key-picture-depth .nsewdrag").hover()
+            if name == "tensors":
+                histogram = page.locator(".st-key-picture-histogram .js-plotly-plot")
+                expect(histogram).to_be_visible(timeout=PATIENCE)
+            made = page.evaluate(
+                """() => [
+                  ...[...document.links].filter(
+                    each => each.host !== location.host || each.protocol !== "http:"),
+                  ...document.querySelectorAll(
+                    'img[src="x"], .katex, [aria-label="skull icon"], img[alt="Streamlit logo"]'),
+                ].map(each => each.outerHTML.slice(0, 200))"""
+            )
+            assert made == [], name
+            assert page.evaluate("window.hacked") is None
+            text = page.locator(".stMain").inner_text()
+            assert "\N{FACE WITH TEARS OF JOY}" not in text
+            assert "\u202e" not in text
+    assert said == []
+    assert not [url for url in asked if "evil" in url]
 
 
 @needs_models

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from inspector.calibration import FeedReader, calibrate, calibration_key, hushed
 from inspector.errors import CalibrationError, Cancelled
-from inspector.model import Model, load_model
+from inspector.model import Model
+from inspector.model_files import load_model
 from inspector.runtime import open_session
 
 

@@ -15,15 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from inspector.cli import _gate, main
+from inspector.cli import _gate, _split_pair, main
 from inspector.compare import compare_models
 from inspector.feeds import load_feeds
-from inspector.model import load_model
+from inspector.model_files import load_model
 from inspector.render import comparison_json, strict
 from tests.samples import (
     MODELS,
@@ -371,6 +373,215 @@ def test_the_gate_fails_on_nan_and_on_nothing_to_judge() -> None:
     assert len(_gate([make_output("y", nan)], -inf, simulated=False)) == 1
     assert _gate([make_output("y", inf)], 99.0, simulated=False) == []
     assert len(_gate([], 0.0, simulated=False)) == 1
+
+
+# ----------------------------------------------------- names on the command line, "=" in them
+
+
+def split(text: str, left: Sequence[str], right: Sequence[str]) -> tuple[str, str]:
+    words = ("FLOAT=QUANTIZED", "tensor of the float model", "tensor of the quantized model")
+    return _split_pair("--pin", text, words, left, right)
+
+
+def test_a_pair_is_split_where_both_names_exist() -> None:
+    assert split("a=b", ["a"], ["b"]) == ("a", "b")
+    assert split("a=b=c", ["a", "a=b"], ["c", "b"]) == ("a=b", "c")
+    assert split("a=b=c", ["a", "x"], ["b=c", "c"]) == ("a", "b=c")
+    assert split("==", ["="], [""]) == ("=", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "hint"),
+    [
+        ("a", "--pin 'a' holds no '='", "Write --pin FLOAT=QUANTIZED."),
+        ("a=b=c", "can be read in 2 ways: 'a' and 'b=c' or 'a=b' and 'c'", "compare_models"),
+        ("aa=c", "--pin 'aa': there is no such tensor of the float model", "Nearest: a, a=b."),
+        ("a=cc", "--pin 'cc': there is no such tensor of the quantized model", "Nearest: c, b=c."),
+        ("a=b=d", "names no tensor of the float model and tensor of", "For a = … Nearest: "),
+        ("x=b=c", "names no tensor of the float model and tensor of", "For … = b=c Nearest: "),
+        ("x=y=z", "names no tensor of the float model and tensor of", "Write --pin FLOAT=QUANT"),
+    ],
+)
+def test_a_pair_without_one_meaning_is_an_error_whose_hint_helps(
+    text: str, part: str, hint: str
+) -> None:
+    with pytest.raises(click.UsageError) as caught:
+        split(text, ["a", "a=b"], ["c", "b=c"])
+    assert part in caught.value.message
+    assert hint in caught.value.hint  # type: ignore[attr-defined]
+
+
+def equals_in_names() -> onnx.ModelProto:
+    """A step of a recurrent model whose names hold "="."""
+    make = onnx.helper.make_node
+    return model(
+        [make("MatMul", ["x", "w=1"], ["m=1"], "mm"), make("Add", ["m=1", "h=0"], ["h=1"], "add")],
+        [("x", [1, 4]), ("h=0", [1, 4])],
+        [("h=1", [1, 4])],
+        [array("w=1", floats((4, 4)))],
+    )
+
+
+@pytest.fixture
+def recurrent(run: Run, tmp_path: Path) -> tuple[str, ...]:
+    """A command that compares a dynamically quantized step with its float model."""
+    path, quantized = save(equals_in_names(), tmp_path / "r.onnx"), tmp_path / "rq.onnx"
+    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8)
+    feeds = [{"x": floats((1, 4), i), "h=0": np.zeros((1, 4), np.float32)} for i in range(3)]
+    folder = npz_folder(tmp_path / "steps", feeds)
+    return ("compare", str(path), str(quantized), "--inputs", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("words", "part", "hint"),
+    [
+        (
+            ["--mask", "y"],
+            "no input 'y' that could mark padding, the nearest are ",
+            "zeros mark padding",
+        ),
+        (["--state", "x=h=0"], "names no output of the float model", "For … = h=0 Nearest: h=1."),
+        (["--state", "h=1"], "--state 'h': there is no such output of the float", "Nearest: h=1."),
+        (
+            ["--state", "h=1=h=0", "--state", "h=1=h=0"],
+            "input h=0 is to get the state of several outputs",
+            "Name each input once.",
+        ),
+        (["--pin", "x"], "--pin 'x' holds no '='", "Write --pin FLOAT=QUANTIZED."),
+        (["--refuse", "z"], "--refuse 'z': there is no such tensor of the float", "Nearest: "),
+        (
+            ["--pin", "x=x", "--refuse", "x"],
+            "--pin and --refuse say two things about 'x'",
+            "Give 'x' one partner, or refuse it.",
+        ),
+        (
+            ["--pin", "x=x", "--pin", "x=h=0"],
+            "--pin say two things about 'x'",
+            "Give 'x' one partner, or refuse it.",
+        ),
+    ],
+)
+def test_names_that_mean_nothing_are_user_errors_with_the_nearest(
+    run: Run, recurrent: tuple[str, ...], words: Sequence[str], part: str, hint: str
+) -> None:
+    result = run(*recurrent, *words)
+    assert_user_error(result, part)
+    assert hint in result[2].splitlines()[-1]
+
+
+def test_control_characters_in_names_and_paths_reach_no_terminal(run: Run, tmp_path: Path) -> None:
+    nasty = "evil\x1b[2J\x9b\u202e\r\nhint: run this"
+    assert_user_error(run("show", f"{nasty}.onnx"), r"evil\x1b[2J\x9b\u202e\r\nhint: run this")
+    assert_user_error(run(*COMPARE, "--mask", nasty), "evil")
+    proto = conv_relu_gemm()
+    proto.graph.node[1].name = proto.producer_name = nasty
+    for node in proto.graph.node:
+        node.input[:] = [nasty if name == "r" else name for name in node.input]
+        node.output[:] = [nasty if name == "r" else name for name in node.output]
+    path = save(proto, tmp_path / "nasty.onnx")
+    for words in (
+        ("show", path),
+        ("compare", path, "int8.onnx", "--inputs", "inputs", "--json", tmp_path / "c.json"),
+        ("quantize", path, "-o", tmp_path / "q.onnx", "--inputs", "inputs", "--exclude", nasty),
+        ("quantize", path, "-o", tmp_path / "q.onnx", "--inputs", "inputs", "--exclude", "pool"),
+    ):
+        code, out, err = run(*words)
+        # Such a file may as well be refused, in words that command nothing.
+        assert code in (0, 2)
+        assert all(line.isprintable() for line in (*out.split("\n"), *err.split("\n")))
+        assert "\nhint: run this" not in out + err
+
+
+# ------------------------------------------------------------- what the new options change
+
+
+def test_a_state_is_carried_from_sample_to_sample(run: Run, recurrent: tuple[str, ...]) -> None:
+    # Every recorded state is zero: only what is carried makes the later samples differ.
+    apart = json.loads(run(*recurrent, "--json", "-")[1])
+    code, out, _ = run(*recurrent, "--state", "h=1=h=0", "--json", "-")
+    assert code == 0
+    carried = json.loads(out)
+    assert (apart["states"], carried["states"]) == ([], [["h=1", "h=0"]])
+    (alone,), (fed,) = apart["outputs"], carried["outputs"]
+    assert fed["per_sample_sqnr_db"][0] == alone["per_sample_sqnr_db"][0]
+    assert fed["per_sample_sqnr_db"][1:] != alone["per_sample_sqnr_db"][1:]
+    _, text, _ = run(*recurrent, "--state", "h=1=h=0")
+    assert "  states: each model hands its own from sample to sample: h=1 → h=0\n" in text
+
+
+def test_a_pin_and_a_refusal_decide_what_is_compared(run: Run, recurrent: tuple[str, ...]) -> None:
+    before = json.loads(run(*recurrent, "--json", "-")[1])
+    assert "m=1" in {a["name"] for a in before["activations"]}
+    code, out, _ = run(*recurrent, "--refuse", "m=1", "--pin", "h=1=h=1", "--json", "-")
+    assert code == 0
+    data = json.loads(out)
+    assert data["pins"] == [
+        {"float_name": "h=1", "quantized_name": "h=1"},
+        {"float_name": "m=1", "quantized_name": None},
+    ]
+    rules = {a["name"]: a["matched_by"] for a in data["activations"]}
+    assert rules["h=1"] == "pin"
+    assert "m=1" not in rules
+    assert "m=1" in {u["name"] for u in data["unmatched"]}
+
+
+def test_a_provider_that_is_not_there_is_a_user_error(run: Run) -> None:
+    assert_user_error(run(*COMPARE, "--provider", "NoExecutionProvider"), "NoExecutionProvider")
+    _, out, _ = run(*COMPARE, "--provider", "CPUExecutionProvider", "--json", "-")
+    assert json.loads(out)["provider"] == "CPUExecutionProvider"
+
+
+def padded_rows() -> onnx.ModelProto:
+    """A MatMul over positions; `mask` says which of them count."""
+    make = onnx.helper.make_node
+    return model(
+        [
+            make("MatMul", ["x", "w"], ["z"], "matmul"),
+            make("Unsqueeze", ["mask", "last"], ["m"], "unsqueeze"),
+            make("Add", ["z", "m"], ["y"], "add"),
+        ],
+        [("x", [1, "n", 8]), ("mask", [1, "n"])],
+        [("y", [1, "n", 4])],
+        [array("w", floats((8, 4))), array("last", np.array([2]))],
+    )
+
+
+def test_masked_positions_do_not_count(run: Run, tmp_path: Path) -> None:
+    path, quantized = save(padded_rows(), tmp_path / "p.onnx"), tmp_path / "pq.onnx"
+    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8)
+    feeds = []
+    for seed, length in enumerate((5, 7, 6)):
+        x, mask = floats((1, length, 8), seed), np.ones((1, length), np.float32)
+        x[:, 3:], mask[:, 3:] = 1e3, 0.0
+        feeds.append({"x": x, "mask": mask})
+    folder = npz_folder(tmp_path / "in", feeds)
+    words = ("compare", path, quantized, "--inputs", folder)
+    whole = json.loads(run(*words, "--json", "-")[1])
+    code, out, _ = run(*words, "--mask", "mask", "--json", "-")
+    assert code == 0
+    masked = json.loads(out)
+    assert (whole["mask"], masked["mask"]) == ("", "mask")
+    # The padding is loud and exact; what counts is drowned by its range.
+    assert masked["outputs"][0]["sqnr_db"] < whole["outputs"][0]["sqnr_db"] - 10
+    assert "  mask: positions where mask is 0 do not count\n" in run(*words, "--mask", "mask")[1]
+
+
+def test_tensors_of_a_device_stand_beside_ours(run: Run, pair: Path, tmp_path: Path) -> None:
+    session = onnxruntime.InferenceSession(pair / "int8.onnx")
+    dump = []
+    for seed in range(10):
+        (y,) = session.run(["y"], {"x": floats((1, 3, 8, 8), seed)})
+        dump.append({"y": -y})  # a device that turns the sign
+    folder = npz_folder(tmp_path / "dump", dump)
+    code, out, _ = run(*COMPARE, "--actual", folder, "--json", tmp_path / "c.json")
+    assert code == 0
+    (device,) = json.loads((tmp_path / "c.json").read_text())["device"]
+    assert (device["name"], device["verdict"], device["samples"]) == ("y", "device", 10)
+    # Twice the signal is noise: -6.02 dB.
+    assert device["device_sqnr_db"] == pytest.approx(-20 * np.log10(2), abs=1e-3)
+    assert " dB on the device, whose own arithmetic adds the most noise" in out.splitlines()[0]
+    assert "Device: worst 1 of 1" in out
+    assert_user_error(run(*COMPARE, "--actual", tmp_path / "none"), "none")
 
 
 def test_swapped_and_equal_models_are_user_errors(run: Run) -> None:

@@ -35,7 +35,8 @@ from inspector.exclusions import (
     write_exclusions,
 )
 from inspector.feeds import Feeds, load_feeds, random_feeds
-from inspector.model import Model, load_model
+from inspector.model import Model
+from inspector.model_files import load_model
 from inspector.prepare import Prepared, prepare
 from inspector.quantize import quantize_model, supported_op_types
 from inspector.recipe import QuantConfig

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inspector import figures
-from inspector.comparison import ActivationError, Comparison, ModelFile, OutputError, SliceError
+from inspector.comparison import (
+    ActivationError,
+    Comparison,
+    MatchCounts,
+    ModelFile,
+    OutputError,
+    SliceError,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -699,3 +707,86 @@ def test_csv_of_channels_names_channels_not_places() -> None:
 
 def test_csv_of_an_empty_picture_is_its_header() -> None:
     assert figures.figure_csv(figures.error_by_depth(comparison([]))) == "trace,x,y,text\n"
+
+
+# What the figures rest on, hostile names, large models.
+
+
+def counted(**changes: Any) -> Comparison:
+    records = (
+        *(replace(activation(f"n{i}", 30.0), matched_by="name") for i in range(3)),
+        replace(activation("s", 30.0), matched_by="structure"),
+        replace(activation("p", 30.0), matched_by="pin"),
+    )
+    counts = MatchCounts(matched=5, fused=2, unmatched=1, float_tensors=8)
+    return replace(comparison(records), **{"counts": counts, **changes})
+
+
+def test_coverage_adds_up_to_every_float_tensor() -> None:
+    figure = figures.coverage(counted())
+    parts = {trace.name: trace.x[0] for trace in figure.data}
+    assert parts == {
+        "matched by name 3": 3,
+        "matched by structure 1": 1,
+        "matched by hand 1": 1,
+        "fused into a compared one 2": 2,
+        "not compared 1": 1,
+    }
+    assert sum(parts.values()) == 8
+    assert figure.layout.xaxis.range == (0, 8)
+    rows = list(csv.reader(io.StringIO(figures.figure_csv(figure))))
+    assert [row[1] for row in rows[1:]] == ["3", "1", "1", "2", "1"]
+
+
+def test_coverage_does_not_split_what_does_not_add_up() -> None:
+    counts = MatchCounts(matched=4, fused=2, unmatched=2, float_tensors=8)
+    figure = figures.coverage(counted(counts=counts))
+    assert [trace.x[0] for trace in figure.data] == [4, 2, 2]
+
+
+def test_coverage_of_an_earlier_comparison_says_that_nothing_was_counted() -> None:
+    figure = figures.coverage(comparison([activation("a", 30.0)]))
+    assert "was not counted" in figure.layout.title.text
+
+
+def test_names_stay_text_in_hovers_and_labels() -> None:
+    hostile = "<b>x</b>\u202eesrever\x1b" + "A" * 10_000
+    figure = figures.error_by_depth(comparison([activation(hostile, 5.0, node=hostile)]))
+    shown = [t for trace in figure.data for t in trace.hovertext or ()]
+    shown += [note.text for note in figure.layout.annotations] + [figure.layout.title.text]
+    told = "".join(shown)
+    assert "<b>x</b>" not in told
+    assert "\u202e" not in told
+    assert "\x1b" not in told
+    assert max(map(len, shown)) < 800
+    assert "&lt;b&gt;x" in told
+    assert "\\u202e" in told
+
+
+def test_a_name_is_no_formula_in_the_csv() -> None:
+    figure = figures.error_by_depth(comparison([activation("=1+1", 5.0)]))
+    assert ",'=1+1" in figures.figure_csv(figure)
+
+
+def test_of_many_tensors_the_lowest_are_drawn_and_the_csv_can_have_all() -> None:
+    records = [activation(f"t{i}", 60.0 - (i % 97) / 10, depth=i) for i in range(5000)]
+    records[3333] = activation("worst", 1.0, depth=3333)
+    many = comparison(records)
+    figure = figures.error_by_depth(many, selected="t17")
+    for trace in figure.data:
+        assert len(trace.x) <= figures.MAX_POINTS + 10
+        colors = trace.marker.color
+        if isinstance(colors, (list, tuple)):
+            assert len(colors) == len(trace.x)
+    drawn = {name for trace in figure.data for name in trace.customdata or ()}
+    assert {"worst", "t17"} <= drawn
+    assert "lowest of every 3" in figure.layout.xaxis.title.text
+    whole = figures.figure_csv(figures.error_by_depth(many, most=None))
+    assert sum(line.startswith("accumulated,") for line in whole.splitlines()) == 5000
+
+
+def test_values_that_are_not_finite_in_both_models_are_not_called_exact() -> None:
+    figure = figures.error_by_depth(
+        comparison([activation("a", INF), activation("b", NAN, nonfinite=(3, 3))])
+    )
+    assert "stop being finite" in figure.layout.title.text

@@ -78,6 +78,17 @@ def test_presets_have_the_ranges_they_are_known_for() -> None:
     assert ends("torchvision") == ([-2.118, -2.036, -1.804], [2.249, 2.429, 2.64])
 
 
+def test_a_recipe_that_overflows_gives_infinity_without_a_warning() -> None:
+    recipe = Preprocess(scale=1e29, std=1e-29).fitted(IMAGE_MODEL)  # type: ignore[arg-type]
+    assert np.isinf(recipe.apply(Image.new("RGB", (6, 4), "white"))).all()
+
+
+def test_a_damaged_note_in_a_picture_raises_no_warning(tmp_path: Path) -> None:
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x05\0\0\0\x09\xff\xff\xff\0"
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (6, 4)
+
+
 def test_colour_order_and_layout() -> None:
     red = Image.new("RGB", (6, 4), (200, 100, 50))
     rgb = Preprocess().fitted(IMAGE_MODEL).apply(red)

@@ -58,6 +58,38 @@ def test_cosine_of_edge_cases() -> None:
     assert math.isnan(cosine_similarity(np.array([math.nan]), np.ones(1)))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_figure_leaves_out_what_is_not_finite(bad: float) -> None:
+    for pair in (([bad, 1.0], [1.0, 1.0]), ([0.0, 0.0], [bad, 0.0]), ([bad, 1.0], [bad, 1.0])):
+        totals = ErrorTotals.of(np.array(pair[0]), np.array(pair[1]))
+        assert math.isnan(totals.sqnr_db)
+        assert math.isnan(totals.cosine_similarity)
+        assert math.isnan(totals.mse)
+        assert math.isnan(totals.max_abs_error)
+        later = ErrorTotals.of(np.ones(2), np.zeros(2)).merge(totals)
+        assert math.isnan(later.sqnr_db)
+        assert math.isnan(later.max_abs_error)
+
+
+def test_totals_without_worth_make_every_sum_they_join_unknown() -> None:
+    good = ErrorTotals.of(np.ones((2, 3)), np.zeros((2, 3)), 1)
+    joined = good.merge(good.unknown())
+    for figure in (joined.sqnr_db, joined.mse, joined.cosine_similarity, joined.max_abs_error):
+        assert math.isnan(figure)
+    assert np.isnan(joined.channel_sqnr_db).all()
+    assert joined.count == 12
+
+
+def test_channels_tell_exact_silent_and_unknown_ones_apart() -> None:
+    x = np.array([[1.0, 0.0, 0.0, math.nan, 2.0]])
+    y = np.array([[1.0, 0.0, 1.0, 1.0, 1.0]])
+    with np.errstate(all="raise"):
+        found = ErrorTotals.of(x, y, 1).channel_sqnr_db
+    assert found[:3].tolist() == [math.inf, math.inf, -math.inf]
+    assert math.isnan(found[3])
+    assert found[4] == pytest.approx(10 * math.log10(4))
+
+
 values = arrays(np.float64, array_shapes(max_dims=3), elements=st.floats(-1e6, 1e6))
 
 
@@ -88,6 +120,29 @@ def test_channels_add_up_to_the_whole_and_equal_a_loop(x: np.ndarray, axis: int)
                 for a, b in zip(moved_x, moved_y, strict=True)]  # fmt: skip
     np.testing.assert_allclose(totals.channel_sqnr_db, expected)
     assert totals.sqnr_db == pytest.approx(ErrorTotals.of(x, y).sqnr_db)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((2, 3, 70), 1), ((2, 3, 5), 1), ((9001,), None), ((2, 4096), None), ((1, 2, 9000), 1),
+     ((5, 1, 300), 1), ((3, 200), 1)],
+)  # fmt: skip
+def test_sums_of_every_size_equal_exactly_rounded_ones(
+    shape: tuple[int, ...], axis: int | None
+) -> None:
+    random = np.random.default_rng(3)
+    x, y = random.standard_normal(shape), random.standard_normal(shape)
+    totals = ErrorTotals.of(x, y, axis)
+    moved = [np.moveaxis(v, axis, 0) if axis is not None else v[None] for v in (x, y)]
+
+    def exact(values: np.ndarray) -> list[float]:
+        return [math.fsum(channel.ravel().tolist()) for channel in values]
+
+    np.testing.assert_allclose(totals.signal, exact(moved[0] ** 2), rtol=1e-13)
+    np.testing.assert_allclose(totals.actual_power, exact(moved[1] ** 2), rtol=1e-13)
+    np.testing.assert_allclose(totals.noise, exact((moved[0] - moved[1]) ** 2), rtol=1e-13)
+    np.testing.assert_allclose(totals.dot, exact(moved[0] * moved[1]), rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(powers(x, y), [totals.signal.sum(), totals.noise.sum()], rtol=1e-13)
 
 
 def test_nonfinite_values_are_counted_on_their_side() -> None:

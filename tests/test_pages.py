@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import streamlit as st
 from hypothesis import given
 from hypothesis import strategies as some
+from onnx import helper
 from streamlit.testing.v1 import AppTest
 
 from inspector import workbench
+from inspector.comparison import (
+    BatchEffect,
+    BatchError,
+    DeviceError,
+    NonFinite,
+    Pin,
+    Skipped,
+    Unmatched,
+)
 from inspector.errors import ModelError
+from inspector.render import comparison_json, read_comparison
 from inspector.store import FeedSource, Workspace
-from inspector.web import forms, session, tasks, widgets
-from tests.samples import ROOT
+from inspector.web import forms, session, tasks
+from inspector.web.words import md_code, md_text
+from tests.samples import ROOT, array, floats, model, qdq_of, save
 
 # What `app.py` gives to `st.App`. Run from `app.py`, Streamlit's test runner would open the pages
 # of the folder beside it directly, without the frame around them.
@@ -182,7 +198,7 @@ def test_a_tensor_page_says_how_integers_become_reals(loaded: Workspace) -> None
 
 def test_the_table_is_filtered_by_text_kind_and_op_type(loaded: Workspace) -> None:
     test = app(find="sigmoid")
-    names = list(test.dataframe[-2].value["name"])
+    names = next(list(each.value["name"]) for each in test.dataframe if "name" in each.value)
     assert names == ["/head/Sigmoid_output_0"]
     test = app(kind="Weights", op="Conv")
     frame = max((each.value for each in test.dataframe), key=len)
@@ -269,6 +285,297 @@ def test_a_stopped_job_leaves_everything_as_it_was(loaded: Workspace) -> None:
     assert loaded.runs(loaded.current_pair() or "") == before
 
 
+# What the figures rest on, and matches set by hand.
+
+
+def opened(test: AppTest, key: str) -> AppTest:
+    """The page with a folded part open, as a click on it does."""
+    test.session_state[key] = True
+    test.run()
+    assert not test.exception
+    return test
+
+
+def texts(test: AppTest) -> str:
+    """Every text on the page, with the labels of folded parts and what tables hold."""
+    labels = [each.label for each in test.expander]
+    tables = [each.value.to_string() for each in (*test.table, *test.dataframe)]
+    return "\n".join([words(test), *labels, *tables]).replace("\\", "")
+
+
+def rewritten(workspace: Workspace, **changes: Any) -> str:
+    """The first run, whose comparison was changed on disk as if it had been compared so."""
+    run = workspace.runs(workspace.current_pair() or "")[0]
+    comparison = replace(read_comparison(workspace.comparison(run.id)), **changes)
+    workspace.replace_comparison(run, comparison_json(comparison, detail=True))
+    return run.id
+
+
+@pytest.mark.parametrize("page", ["overview", "report"])
+def test_one_line_says_how_much_of_the_model_the_figures_speak_of(
+    loaded: Workspace, page: str
+) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    counts = read_comparison(loaded.comparison(run)).counts
+    assert counts is not None
+    test = app(page, run=run)
+    labels = [each.label for each in test.expander]
+    (line,) = [label for label in labels if "float tensors**" in label]
+    assert f"**{counts.float_tensors} float tensors**: {counts.matched} matched" in line
+    assert f"{counts.fused} fused · {counts.unmatched} unmatched" in line
+    assert "12 samples calibration unknown · optimisations off" in line
+    assert "simulated: off" not in texts(test), "nothing below it is made before it is opened"
+    assert "simulated: off, on the CPU; deployed: all, on CPU" in texts(opened(test, "basis"))
+
+
+def test_everything_the_figures_leave_out_or_depend_on_is_listed(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    (output,) = read_comparison(loaded.comparison(run)).outputs
+    rewritten(
+        loaded,
+        outputs=(
+            replace(
+                output,
+                deployed_differs=True,
+                deployed_max_steps=12.5,
+                deployed_flips=3,
+                deployed_cause="QDQTransformer",
+            ),
+        ),
+        skipped=(Skipped(name="q1", kind="node", model="quantized", reason="scale is no number"),),
+        not_observed=(Skipped(name="t", kind="tensor", model="float", reason="inside a Loop"),),
+        nonfinite=(
+            NonFinite(tensor="b", node="later", op_type="Mul", model="float", nan=1, infinite=0,
+                      first_sample="a.png", origin=False),
+            NonFinite(tensor="a", node="first", op_type="Log", model="float", nan=7, infinite=2,
+                      first_sample="a.png", origin=True),
+        ),
+        batch=BatchEffect(
+            samples=4,
+            padded=True,
+            outputs=(
+                BatchError(output="output0", float_max_abs_difference=0.0, worst_sample="b.png",
+                           quantized_max_abs_difference=0.25, quantized_sqnr_db=21.5),
+            ),
+        ),
+        device=(
+            DeviceError(name="output0", quantized_name="output0", device_name="out", samples=4,
+                        quantization_sqnr_db=42.4, kernel_sqnr_db=60.0, device_sqnr_db=9.5,
+                        total_sqnr_db=9.25, verdict="device"),
+        ),
+        mask="attention_mask",
+        states=(("h_out", "h"),),
+        provider="OpenVINOExecutionProvider",
+        pins=(Pin(float_name="a", quantized_name=None),),
+    )  # fmt: skip
+    test = app("overview", run=run)
+    (line,) = [each.label for each in test.expander if "float tensors**" in each.label]
+    for part in ("OpenVINO", "padding left out", "state carried over", "1 match by hand",
+                 "NaN or infinity in 2", "deployed differs", "1 skipped"):  # fmt: skip
+        assert part in line
+    found = texts(opened(test, "basis"))
+    for part in ("scale is no number", "inside a Loop", "QDQTransformer", "12.5", "3 of 12",
+                 "disabled_optimizers=['QDQTransformer']", "batch of 4, shorter samples padded",
+                 "0.25", "21.5 dB", "9.5 dB", "deployed: all, on OpenVINO",
+                 "positions where `attention_mask` is 0", "`h_out` → `h`",
+                 "`a` refused"):  # fmt: skip
+        assert part in found, part
+    (bad,) = [t.value for t in test.dataframe if "Infinite" in t.value]
+    assert list(bad["Node"]) == ["first", "later"], "where it begins comes first"
+    facts = texts(app("tensors", run=run, tensor="output0"))
+    assert "→ device 9.5 dB; in all 9.2 dB, most from device" in facts
+
+
+def test_a_run_stored_before_anything_was_counted_still_shows(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    path = loaded.run_folder(run) / "comparison.json"
+    data = json.loads(path.read_bytes())
+    for key in ("counts", "skipped", "not_observed", "nonfinite", "provider", "mask", "states",
+                "batch", "device", "pins"):  # fmt: skip
+        del data[key]
+    path.write_text(json.dumps(data))
+    for page in PAGES:
+        app(page, run=run)
+    test = app("overview", run=run)
+    (line,) = [each.label for each in test.expander if "compared**" in each.label]
+    assert re.match(r"\*\*\d+ tensors compared\*\* · 12 samples", line)
+    assert "simulated: off" in texts(opened(test, "basis"))
+
+
+def test_a_match_is_refused_and_taken_back(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    name = "/head/Sigmoid_output_0"
+    test = opened(app("tensors", run=run, tensor=name), f"match-{run}")
+    assert "Matched **by name** with" in words(test)
+    test.button(key="match-refuse").click().run()
+    wait(test, lambda page: f"`{name}` is not compared" in words(page))
+    assert loaded.run(run).pins == (Pin(float_name=name, quantized_name=None),)
+    test = opened(app("overview", run=run), "basis")
+    assert f"`{name}` refused" in words(test)
+    test.button(key="basis-unpin-0").click().run()
+    wait(test, lambda page: f"`{name}` refused" not in words(page))
+    assert loaded.run(run).pins == ()
+
+
+def test_a_tensor_is_pinned_to_another_of_fitting_shape(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    name = "/head/Sigmoid_output_0"
+    test = opened(app("tensors", run=run, tensor=name), f"match-{run}")
+    key = f"match-partner-{run}"
+    wait(test, lambda page: any(box.key == key for box in page.selectbox))
+    box = test.selectbox(key=key)
+    assert "/head/Sigmoid_output_0_DequantizeLinear_Output" not in box.options, "it is that one"
+    assert test.button(key="match-pin").disabled
+    box.select("/head/Sigmoid_output_0").run()
+    test.button(key="match-pin").click().run()
+    wait(test, lambda page: "· set by hand" in words(page))
+    (pin,) = loaded.run(run).pins
+    assert (pin.float_name, pin.quantized_name) == (name, "/head/Sigmoid_output_0")
+
+
+def test_what_is_not_compared_can_be_matched_from_the_overview(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    rewritten(
+        loaded,
+        unmatched=(
+            Unmatched(name="/neck/Add", kind="activation", model="float", reason="no twin"),
+            Unmatched(name="b", kind="bias", model="float", reason="fused into c", fused_into="c"),
+        ),
+    )
+    test = app("overview", run=run)
+    label = "1 tensor not compared · 1 fused into others, with the reason"
+    assert label in [each.label for each in test.expander]
+    test = opened(test, "not-compared")
+    box = test.selectbox(key=f"not-compared-choice-{run}")
+    assert box.options == ["/neck/Add", "b"]
+    box.select("/neck/Add").run()
+    assert "Not compared: no twin" in words(test)
+
+
+def test_the_form_offers_masks_states_devices_and_providers_of_the_chosen_model(
+    empty: Workspace,
+) -> None:
+    test = app("models")
+    assert "Choose a float model first" in words(test)
+    test.text_input(key="path-float").set_value(str(SAMPLE / "float.onnx")).run()
+    wait(test, lambda page: any(box.key == "option-mask" for box in page.selectbox))
+    assert test.selectbox(key="option-mask").options == ["images"]
+    assert test.selectbox(key="option-mask").value is None
+    assert "CPU" in test.selectbox(key="option-provider").options
+    assert test.text_input(key="option-device").value == ""
+    test.text_input(key="option-device").set_value(str(SAMPLE / "no such dump"))
+    next(each for each in test.button_group if each.key == "way-inputs").set_value("random")
+    test.text_input(key="path-quantized").set_value(str(SAMPLE / "quantized.onnx")).run()
+    wait(test, lambda page: any(box.key == "option-mask" for box in page.selectbox))
+    test.button(key="compare").click().run()
+    wait(test, lambda page: "no such dump does not exist" in words(page))
+
+
+# Names that try to be more than names.
+
+NAMES = {
+    "c": '<script>window.hacked=1</script><img src=x onerror="window.hacked=1">',
+    "r": "[x](javascript:window.hacked=1) **bold** `code` $\\LaTeX$ ![i](https://evil.example/p)",
+    "m": ":material/skull: :streamlit: :joy: :red[x] https://evil.example www.evil.example a@b.c",
+    "y": f"out\u202eput\x1b[31m {'A' * 10_000} <b>end</b>",
+}
+
+
+def load_hostile(root: Path) -> str:
+    """A pair whose nodes, tensors, operators' outputs and samples bear such names."""
+    files = root / "files"
+
+    def graph(*, quantized: bool) -> onnx.ModelProto:
+        n = NAMES
+        source, nodes, constants = n["r"], [], []
+        if quantized:
+            source = f"{n['r']}_dq"
+            nodes, constants = qdq_of(n["r"], source, 0.02, -128)
+        return model(
+            [
+                helper.make_node("Conv", ["x", "w"], [n["c"]], f"{n['c']} node"),
+                helper.make_node("Relu", [n["c"]], [n["r"]], f"{n['r']} node"),
+                *nodes,
+                helper.make_node("Sigmoid", [source], [n["m"]], f"{n['m']} node"),
+                helper.make_node("Concat", [n["m"], source], [n["y"]], "j", axis=1),
+            ],
+            [("x", [1, 3, 6, 6])],
+            [(n["y"], [1, 8, 6, 6])],
+            [array("w", floats((4, 3, 1, 1), 1)), *constants],
+        )
+
+    files.mkdir(parents=True)
+    save(graph(quantized=False), files / "$x$ **float**.onnx")
+    save(graph(quantized=True), files / "quantized.onnx")
+    feeds = files / ":joy: feeds"
+    feeds.mkdir()
+    for at, name in enumerate(("<img src=x>.npz", "[a](javascript:alert(1)) $x$.npz")):
+        np.savez(feeds / name.replace("/", ""), x=floats((1, 3, 6, 6), at))
+    return workbench.load_pair(
+        root,
+        float_path=files / "$x$ **float**.onnx",
+        quantized_path=files / "quantized.onnx",
+        inputs=FeedSource(kind="path", path=str(feeds)),
+        title="<b>title</b> :joy: $x$",
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_hostile_names_are_escaped_on_every_page(empty: Workspace, page: str) -> None:
+    run = load_hostile(empty.root)
+    for tensor in NAMES.values():
+        test = app(page, run=run, tensor=tensor)
+        if page == "overview":
+            opened(opened(test, "basis"), "not-compared")
+        elements = [*test.markdown, *test.caption, *test.error]
+        shown = [str(each.value) for each in elements] + [e.label for e in test.expander]
+        shown += [str(getattr(each, "help", "")) for each in test.markdown]
+        shown += [f"{m.label} {m.value} {m.delta} {m.help}" for m in test.metric]
+        shown += [str(cell) for t in test.table for cell in t.value.to_numpy().ravel()]
+        for text in shown:
+            if text.lstrip().startswith(("<style>", "<script>")):
+                continue  # the page's own
+            assert max(map(len, text.split()), default=0) < 900, "no name is endless"
+            assert "\u202e" not in text
+            assert "\x1b" not in text
+            plain = re.sub(r"(?<!\\)(`+).+?\1", "", text)
+            plain = re.sub(r"\\[^\w\s]", "", plain)
+            for markup in ("<script", "<img", "<b>", "](", "**bold", "$x$", ":joy:", "https://",
+                           ":material/skull", " www.", "a@b", ":red[x]"):  # fmt: skip
+                assert markup not in plain, text
+
+
+# Large comparisons.
+
+
+@pytest.mark.slow
+def test_twenty_thousand_tensors_do_not_freeze_a_page(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    first = read_comparison(loaded.comparison(run)).activations[3]
+    many = tuple(
+        replace(first, name=f"/layer.{i}/Conv_output_0", node=f"/layer.{i}/Conv", depth=i,
+                accumulated_sqnr_db=60 - (i % 977) / 30, is_output=False)
+        for i in range(20_000)
+    )  # fmt: skip
+    lost = tuple(
+        Unmatched(name=f"/lost.{i}", kind="activation", model="float", reason="no twin")
+        for i in range(20_000)
+    )
+    rewritten(loaded, activations=many, unmatched=lost)
+    # Reading it from disk is not what is measured: a page does that once.
+    test = app("overview", run=run)
+    opened(opened(test, "basis"), "not-compared")
+    for page in PAGES:
+        test.switch_page(f"../../pages/{page}.py").run()
+        begin = time.perf_counter()
+        test.run()
+        assert time.perf_counter() - begin < 3, page
+        assert not test.exception
+    test = app("overview", run=run)
+    assert "The worst 2,000 of 20," in words(test)
+    assert all(len(each.value) <= 2000 for each in test.dataframe)
+
+
 # Without a pair.
 
 
@@ -346,7 +653,7 @@ def test_an_unknown_tensor_in_the_address_falls_back_to_the_worst(loaded: Worksp
 
 @given(some.text(alphabet="ab`*_[]<>$\\", max_size=20))
 def test_a_name_cannot_break_out_of_its_code_span(name: str) -> None:
-    shown = widgets.md_code(name)
+    shown = md_code(name)
     if name:
         fence = re.match(r"`+", shown)
         assert fence is not None
@@ -357,7 +664,7 @@ def test_a_name_cannot_break_out_of_its_code_span(name: str) -> None:
 
 
 def test_markdown_in_a_text_is_shown_as_it_is() -> None:
-    assert widgets.md_text("a*b*[c](d)<e>") == r"a\*b\*\[c\]\(d\)\<e\>"
+    assert md_text("a*b*[c](d)<e>") == r"a\*b\*\[c\]\(d\)\<e\>"
 
 
 def test_before_and_after_are_of_one_recipe(loaded: Workspace) -> None:

@@ -41,7 +41,8 @@ from inspector.errors import (
     RunError,
 )
 from inspector.feeds import Feeds, load_feeds, random_feeds
-from inspector.model import Model, load_model
+from inspector.model import Model
+from inspector.model_files import load_model
 from inspector.prepare import prepare
 from inspector.quantize import extra_options, quantize_model, quantizer_names, supported_op_types
 from inspector.recipe import QuantConfig, config_options, nearest_names, read_recipe

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import unicodedata
 from typing import Any
 
 import pytest
@@ -15,10 +16,17 @@ from hypothesis import strategies as st
 from inspector import render
 from inspector.comparison import (
     ActivationError,
+    BatchEffect,
+    BatchError,
     Comparison,
+    DeviceError,
     Latency,
+    MatchCounts,
     ModelFile,
+    NonFinite,
     OutputError,
+    Pin,
+    Skipped,
     SliceError,
     Task,
     Unmatched,
@@ -123,6 +131,46 @@ def make_weight(name: str, node: str, sqnr_db: float = 42.0, **changes: Any) -> 
         "matched_by": "name",
     }
     return WeightError(**{**fields, **changes})
+
+
+def make_nonfinite(tensor: str, node: str, **changes: Any) -> NonFinite:
+    fields: dict[str, Any] = {
+        "tensor": tensor,
+        "node": node,
+        "op_type": "Log",
+        "model": "quantized",
+        "nan": 5,
+        "infinite": 2,
+        "first_sample": "01.npz",
+        "origin": False,
+    }
+    return NonFinite(**{**fields, **changes})
+
+
+def make_device(name: str, total: float, verdict: str = "device", **changes: Any) -> DeviceError:
+    fields: dict[str, Any] = {
+        "name": name,
+        "quantized_name": f"{name}_q",
+        "device_name": f"{name}:0",
+        "samples": 2,
+        "quantization_sqnr_db": 29.1,
+        "kernel_sqnr_db": None,
+        "device_sqnr_db": total,
+        "total_sqnr_db": total,
+        "verdict": verdict,
+    }
+    return DeviceError(**{**fields, **changes})
+
+
+def make_batch(difference: float, float_difference: float = 4e-8, **changes: Any) -> BatchEffect:
+    error = BatchError(
+        output="embedding",
+        float_max_abs_difference=float_difference,
+        quantized_max_abs_difference=difference,
+        quantized_sqnr_db=40.0,
+        worst_sample="03.npz",
+    )
+    return BatchEffect(**{"samples": 24, "padded": True, "outputs": (error,), **changes})
 
 
 def make_comparison(*outputs: OutputError, **changes: Any) -> Comparison:
@@ -345,6 +393,123 @@ def test_a_broken_output_outranks_a_weak_sample_of_another() -> None:
     assert text.startswith("Output silent: 31.2 dB pooled, but 1 of 2 channels carries no signal")
 
 
+def test_headline_of_a_nan_names_its_first_origin_and_sample() -> None:
+    activations = (
+        *CHAIN,
+        make_activation("masked", 4, NAN, nonfinite_float=3, nonfinite_quantized=3),
+        make_activation("bad", 7, NAN, nonfinite_quantized=5),
+        make_activation("late", 9, NAN, nonfinite_quantized=5),
+    )
+    comparison = make_comparison(
+        make_output("y", NAN, per_sample_sqnr_db=(30.0, NAN)),
+        activations=activations,
+        nonfinite=(
+            # A mask of -inf is the float model's own: it is no finding about the quantized one.
+            make_nonfinite("masked", "/masked/Conv", model="float", origin=True),
+            make_nonfinite("masked_DequantizeLinear_Output", "/masked/Conv", origin=True),
+            make_nonfinite("before", "/before/Conv"),
+            make_nonfinite("bad_QuantizeLinear_Input", "/bad/Conv", origin=True),
+            make_nonfinite("late", "/late/Conv", origin=True),
+        ),
+    )
+    found = render.find_headline(comparison)
+    assert found.sentence == (
+        "Output y: the quantized model gives NaN or infinity on 1 of 2 samples, "
+        "first at /bad/Conv on sample 01.npz"
+    )
+    assert (found.severity, found.tensor) == ("problem", "bad")
+
+
+def test_headline_of_the_float_models_own_nan_names_its_origin() -> None:
+    own = make_activation("y", 3, NAN, nonfinite_float=1, nonfinite_quantized=1, is_output=True)
+    comparison = make_comparison(
+        make_output("y", NAN),
+        activations=(*CHAIN, own),
+        nonfinite=(make_nonfinite("b", "/b/Conv", model="float", origin=True),),
+    )
+    found = render.find_headline(comparison)
+    assert found.sentence.endswith(
+        "the float model itself gives NaN or infinity on 2 of 2 samples, "
+        "first at /b/Conv on sample 01.npz"
+    )
+    assert found.tensor == "b"
+
+
+def test_headline_of_a_deployed_difference_names_the_transformer() -> None:
+    output = make_output("y", 29.1, deployed_sqnr_db=4.0, deployed_cause="MatMulScaleFusion")
+    assert render.headline(make_comparison(output)) == (
+        "Output y: 29.1 dB simulated, but 4.0 dB deployed, with the kernels that ship: "
+        "ONNX Runtime's MatMulScaleFusion makes the difference"
+    )
+
+
+def test_headline_says_what_the_device_itself_breaks_and_where_it_begins() -> None:
+    device = (make_device("y", 4.0), make_device("c", 6.0), make_device("a", 40.0, "quantization"))
+    comparison = make_comparison(make_output("y"), activations=CHAIN, device=device)
+    found = render.find_headline(comparison)
+    assert found.sentence == (
+        "Output y: 29.1 dB simulated, but 4.0 dB on the device, "
+        "whose own arithmetic adds the most noise, first at c"
+    )
+    assert (found.severity, found.tensor) == ("problem", "c")
+    nan = make_comparison(make_output("y"), device=(make_device("y", NAN),))
+    assert "but NaN on the device" in render.headline(nan)
+    assert render.find_headline(nan).severity == "problem"
+
+
+@pytest.mark.parametrize(
+    ("total", "simulated", "verdict", "severity"),
+    [
+        (22.0, 29.1, "device", "look"),  # 7 dB below, and still above 20 dB
+        (25.0, 29.1, "device", "fine"),
+        (45.0, INF, "device", "fine"),  # far below "exact", but good
+        (4.0, 29.1, "quantization", "fine"),
+        (19.0, 24.0, "device", "problem"),
+    ],
+)
+def test_a_device_is_accused_only_of_what_matters(
+    total: float, simulated: float, verdict: str, severity: str
+) -> None:
+    device = (make_device("y", total, verdict, quantization_sqnr_db=simulated),)
+    found = render.find_headline(make_comparison(make_output("y", 29.1), device=device))
+    assert found.severity == severity
+
+
+def test_headline_says_when_less_than_half_of_the_float_tensors_are_matched() -> None:
+    few = MatchCounts(matched=30, fused=20, unmatched=304, float_tensors=354)
+    found = render.find_headline(make_comparison(make_output("y"), counts=few))
+    assert found.sentence == (
+        "Output y 29.1 dB, but only 30 of 354 float tensors are matched (20 fused, 304 unmatched)"
+    )
+    assert found.severity == "look"
+    half = MatchCounts(matched=177, fused=20, unmatched=157, float_tensors=354)
+    assert render.find_headline(make_comparison(make_output(), counts=half)).severity == "fine"
+    grave = render.headline(make_comparison(make_output("y", 2.0), counts=few))
+    assert "matched" not in grave
+
+
+def test_headline_says_when_an_output_depends_on_the_samples_beside_it() -> None:
+    peak = make_activation("embedding", 3, 29.1, observed_low=-1.5, observed_high=0.9)
+    output = make_output("embedding")
+    comparison = make_comparison(output, activations=(peak,), batch=make_batch(0.031))
+    found = render.find_headline(comparison)
+    assert found.sentence == (
+        "Output embedding 29.1 dB, but it depends on the samples beside it: alone against in a "
+        "padded batch of 24 up to 0.031 (2.1 % of its peak; float 4e-08)"
+    )
+    assert (found.severity, found.tensor) == ("look", "embedding")
+    for quiet in (
+        make_batch(0.014),  # under 1 % of the peak of 1.5
+        make_batch(0.031, 0.03),  # padding moves the float model as much
+    ):
+        comparison = make_comparison(output, activations=(peak,), batch=quiet)
+        assert render.find_headline(comparison).severity == "fine"
+    broken = make_comparison(
+        make_output("embedding", 2.0), activations=(peak,), batch=make_batch(0.031)
+    )
+    assert "beside" not in render.headline(broken)
+
+
 # ------------------------------------------------------------------------------------- JSON
 
 # What the format promises; more keys may come, none may go.
@@ -399,7 +564,13 @@ def test_json_has_every_promised_key() -> None:
     assert {"top1_float", "top1_quantized", "top1_agreement"} <= data["task"].keys()
     assert data["latency_ms"] == {"float": pytest.approx(2.8), "quantized": pytest.approx(6.4)}
     assert data["unmatched"] == [
-        {"name": "u", "kind": "weight", "model": "float", "reason": "fused into w"}
+        {
+            "name": "u",
+            "kind": "weight",
+            "model": "float",
+            "reason": "fused into w",
+            "fused_into": "",
+        }
     ]
 
 
@@ -441,7 +612,19 @@ def test_dumping_an_unknown_object_is_an_error() -> None:
         render.dump_json({"a": object()})
 
 
-texts = st.text(max_size=8) | st.sampled_from(["NaN", "Infinity", "/a/b/Conv"])
+texts = st.text(max_size=8) | st.sampled_from(
+    [
+        "NaN",
+        "Infinity",
+        "/a/b/Conv",
+        "=1+1",
+        "a=b",
+        "\x1b[2J",
+        "\u202etxt",
+        "x" * 10_000,
+        "/" * 10_000,
+    ]
+)
 floats = st.floats(width=64)
 optional = st.none() | floats
 counts = st.integers(0, 2**40)
@@ -500,6 +683,35 @@ outputs = st.builds(
     **dict.fromkeys(("channel_sqnr_db", "per_sample_sqnr_db"), many),
     slices=slices,
     deployed_differs=st.booleans(),
+    deployed_max_steps=optional,
+    deployed_flips=counts,
+    deployed_cause=texts,
+)
+skipped = st.lists(
+    st.builds(Skipped, **dict.fromkeys(("name", "kind", "model", "reason"), texts)), max_size=2
+).map(tuple)
+sides = st.sampled_from(["float", "quantized"])
+batches = st.builds(
+    BatchEffect,
+    samples=counts,
+    padded=st.booleans(),
+    outputs=st.lists(
+        st.builds(
+            BatchError,
+            **dict.fromkeys(("output", "worst_sample"), texts),
+            **dict.fromkeys(("float_max_abs_difference", "quantized_max_abs_difference"), floats),
+            quantized_sqnr_db=floats,
+        ),
+        max_size=2,
+    ).map(tuple),
+)
+devices = st.builds(
+    DeviceError,
+    **dict.fromkeys(("name", "quantized_name", "device_name"), texts),
+    **dict.fromkeys(("quantization_sqnr_db", "device_sqnr_db", "total_sqnr_db"), floats),
+    kernel_sqnr_db=optional,
+    samples=counts,
+    verdict=st.sampled_from(["quantization", "kernel", "device", "exact"]),
 )
 comparisons = st.builds(
     Comparison,
@@ -513,7 +725,10 @@ comparisons = st.builds(
     activations=st.lists(activations, max_size=3).map(tuple),
     outputs=st.lists(outputs, max_size=2).map(tuple),
     unmatched=st.lists(
-        st.builds(Unmatched, name=texts, kind=texts, model=texts, reason=texts), max_size=2
+        st.builds(
+            Unmatched, **dict.fromkeys(("name", "kind", "model", "reason", "fused_into"), texts)
+        ),
+        max_size=2,
     ).map(tuple),
     task=st.none()
     | st.builds(
@@ -530,6 +745,30 @@ comparisons = st.builds(
         runs=counts,
     ),
     warnings=st.lists(texts, max_size=2).map(tuple),
+    counts=st.none()
+    | st.builds(
+        MatchCounts, **dict.fromkeys(("matched", "fused", "unmatched", "float_tensors"), counts)
+    ),
+    skipped=skipped,
+    not_observed=skipped,
+    nonfinite=st.lists(
+        st.builds(
+            NonFinite,
+            **dict.fromkeys(("tensor", "node", "op_type", "first_sample"), texts),
+            **dict.fromkeys(("nan", "infinite"), counts),
+            model=sides,
+            origin=st.booleans(),
+        ),
+        max_size=2,
+    ).map(tuple),
+    provider=texts,
+    mask=texts,
+    states=st.lists(st.tuples(texts, texts), max_size=2).map(tuple),
+    batch=st.none() | batches,
+    device=st.lists(devices, max_size=2).map(tuple),
+    pins=st.lists(
+        st.builds(Pin, float_name=texts, quantized_name=st.none() | texts), max_size=2
+    ).map(tuple),
 )
 
 
@@ -544,10 +783,48 @@ def test_json_text_reads_back_as_the_same_comparison(comparison: Comparison) -> 
 @settings(max_examples=60, deadline=None)
 @given(comparisons)
 def test_any_comparison_can_be_shown(comparison: Comparison) -> None:
-    assert render.comparison_text(comparison)
+    text = render.comparison_text(comparison)
+    assert text
+    # Nothing that a terminal obeys, however the names look, and no name of 10,000 characters.
+    assert not [
+        c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+    ]
+    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(text)
+    assert max(map(len, text.split("\n"))) < 2_000
     rows = list(csv.DictReader(io.StringIO(render.comparison_csv(comparison), newline="")))
-    records = comparison.outputs, comparison.activations, comparison.weights, comparison.unmatched
+    records = (
+        comparison.outputs, comparison.activations, comparison.weights, comparison.unmatched,
+        comparison.skipped, comparison.not_observed, comparison.nonfinite, comparison.device,
+    )  # fmt: skip
     assert len(rows) == sum(map(len, records))
+    formulas = [cell for row in rows for cell in row.values() if cell[:1] in ("=", "+", "@", "\t")]
+    assert formulas == []
+
+
+NEW_KEYS = ("counts", "skipped", "not_observed", "nonfinite", "provider", "mask", "states", "batch",
+            "device", "pins")  # fmt: skip
+
+
+def test_files_of_the_previous_version_are_still_read() -> None:
+    comparison = full_comparison()
+    data = render.comparison_json(comparison, detail=True)
+    for key in NEW_KEYS:
+        del data[key]
+    for key in ("deployed_max_steps", "deployed_flips", "deployed_cause"):
+        del data["outputs"][0][key]
+    del data["unmatched"][0]["fused_into"]
+    again = render.read_comparison(data)
+    assert repr(again) == repr(comparison)
+    assert (again.counts, again.provider, again.states) == (None, "CPUExecutionProvider", ())
+    assert render.comparison_text(again)
+
+
+def test_json_escapes_what_a_terminal_would_obey_and_loses_nothing() -> None:
+    name = "a\x1b[2J\x9b\u202eb\u2066\ufeff\ud800" + "x" * 10_000
+    text = render.dump_json({"name": name})
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert json.loads(text) == {"name": name}
+    text.encode()  # a lone surrogate is an escape as well
 
 
 def test_reading_another_format_is_an_error_with_its_name() -> None:
@@ -570,6 +847,9 @@ def test_reading_the_form_without_channels_is_an_error() -> None:
         ({"samples": True}, "comparison.samples is True, expected int"),
         ({"outputs": None}, "comparison.outputs is None, expected a list"),
         ({"float_model": []}, r"comparison.float_model is \[\], expected an object"),
+        ({"states": [["out"]]}, r"comparison.states is \['out'\], expected 2 items"),
+        ({"batch": []}, r"comparison.batch is \[\], expected"),
+        ({"pins": [{"float_name": "a"}]}, "comparison.pins has no 'quantized_name'"),
     ],
 )
 def test_reading_damaged_json_names_the_field(change: dict[str, Any], message: str) -> None:
@@ -597,6 +877,57 @@ def test_csv_keeps_names_with_commas_and_quotes() -> None:
     comparison = make_comparison(make_output(name))
     (row,) = csv.DictReader(io.StringIO(render.comparison_csv(comparison), newline=""))
     assert row["name"] == name
+
+
+def test_csv_has_rows_for_what_was_left_out_and_columns_only_at_the_end() -> None:
+    lost = Unmatched(name="u", kind="weight", model="float", reason="fused into w", fused_into="w")
+    comparison = make_comparison(
+        make_output("y", deployed_max_steps=7.5, deployed_flips=2, deployed_cause="GeluFusion"),
+        unmatched=(lost,),
+        skipped=(Skipped(name="/q", kind="node", model="quantized", reason="scale is computed"),),
+        not_observed=(Skipped(name="t", kind="tensor", model="", reason="lies in a body"),),
+        nonfinite=(make_nonfinite("n", "/n/Log", nan=3, origin=True),),
+        device=(make_device("y", 12.5),),
+    )
+    text = render.comparison_csv(comparison)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert text.startswith("kind,name,node,op_type,depth,quantized_name,dtype,shape,axis,scale,")
+    assert ",representable_high,matched_by,note,scope,fused_into,model," in text.splitlines()[0]
+    assert [row["kind"] for row in rows] == [
+        "output", "weight", "skipped", "not_observed", "nonfinite", "device"
+    ]  # fmt: skip
+    output, fused, skipped, unseen, bad, device = rows
+    assert (output["deployed_max_steps"], output["deployed_flips"]) == ("7.5", "2")
+    assert output["deployed_cause"] == "GeluFusion"
+    assert fused["note"] == "not compared (float model): fused into w"
+    assert (fused["fused_into"], fused["model"]) == ("w", "float")
+    assert (skipped["name"], skipped["model"]) == ("/q", "quantized")
+    assert skipped["note"] == "node (quantized model): scale is computed"
+    assert unseen["note"] == "tensor: lies in a body"
+    assert (bad["name"], bad["node"], bad["nan"], bad["origin"]) == ("n", "/n/Log", "3", "True")
+    assert (bad["first_sample"], bad["infinite"]) == ("01.npz", "2")
+    assert (device["name"], device["device_name"], device["samples"]) == ("y", "y:0", "2")
+    assert (device["total_sqnr_db"], device["kernel_sqnr_db"]) == ("12.5", "")
+    assert device["verdict"] == "device"
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r"])
+def test_csv_names_are_no_formulas_and_numbers_stay_numbers(sign: str) -> None:
+    name = f"{sign}HYPERLINK(0)"
+    lost = Unmatched(name=name, kind="weight", model="float", reason=name)
+    bad = make_nonfinite(name, name)
+    comparison = make_comparison(make_output(name, -3.5), unmatched=(lost,), nonfinite=(bad,))
+    rows = list(csv.DictReader(io.StringIO(render.comparison_csv(comparison), newline="")))
+    assert [row["name"] for row in rows] == [f"'{name}"] * 3
+    assert rows[2]["node"] == f"'{name}"
+    assert rows[0]["sqnr_db"] == "-3.5"
+    infinite = make_comparison(make_output("y", -INF))
+    assert "-Infinity" in render.comparison_csv(infinite).splitlines()[1].split(",")
+
+
+def test_csv_holds_long_names_whole() -> None:
+    name = "n" * 10_000
+    assert name in render.comparison_csv(make_comparison(make_output(name)))
 
 
 def test_text_opens_with_the_headline_and_names_both_files() -> None:
@@ -644,6 +975,191 @@ def test_text_puts_nan_first_among_the_worst() -> None:
 def test_text_marks_random_feeds() -> None:
     text = render.comparison_text(make_comparison(make_output(), random_feeds=True))
     assert "2 samples, random feeds, no data" in text
+
+
+def accounted(counts: MatchCounts | None, **changes: Any) -> str:
+    comparison = make_comparison(
+        make_output(),
+        activations=(*CHAIN, make_activation("d", 3, 36.0, matched_by="structure")),
+        weights=(make_weight("w", "/a/Conv", matched_by="pin"),),
+        counts=counts,
+        **changes,
+    )
+    return render.comparison_text(comparison)
+
+
+def test_text_accounts_for_every_float_tensor_under_the_facts() -> None:
+    counts = MatchCounts(matched=6, fused=49, unmatched=1_039, float_tensors=1_094)
+    lines = accounted(counts).splitlines()
+    assert lines[4] == (
+        "  1,094 float tensors: 6 matched (1 weight, 5 activations; 4 by name, 1 by structure, "
+        "1 by hand), 49 fused, 1,039 unmatched"
+    )
+    assert "float tensors" not in accounted(None)
+
+
+def test_text_says_when_the_accounting_does_not_add_up() -> None:
+    counts = MatchCounts(matched=6, fused=1, unmatched=1, float_tensors=9)
+    assert "1 fused, 1 unmatched, which does not add up (8)" in accounted(counts)
+
+
+BASIS = "What these figures rest on"
+
+
+def basis(**changes: Any) -> list[str]:
+    outputs = changes.pop("outputs", (make_output(),))
+    lines = render.comparison_text(make_comparison(*outputs, **changes)).splitlines()
+    begin = lines.index(BASIS)
+    end = lines.index("", begin) if "" in lines[begin:] else len(lines)
+    return lines[begin + 1 : end]
+
+
+def test_text_of_a_comparison_without_gaps_says_one_line_about_its_basis() -> None:
+    assert basis(provider="CUDAExecutionProvider") == [
+        "  2 samples, not seen in calibration; simulated: optimisations off; "
+        "deployed: all on, CUDAExecutionProvider"
+    ]
+    assert basis(random_feeds=True)[0].startswith("  2 samples, random feeds, no data; ")
+
+
+def test_text_says_what_the_figures_rest_on() -> None:
+    skipped = [
+        Skipped(name=f"/q{i}", kind="node", model="quantized", reason=f"scale of q_{i} is computed")
+        for i in range(5)
+    ]
+    unseen = Skipped(name="if_out", kind="tensor", model="", reason="lies in a body")
+    output = make_output(
+        "y", deployed_differs=True, deployed_max_steps=12.25, deployed_flips=1,
+        deployed_cause="GeluFusion",
+    )  # fmt: skip
+    assert basis(
+        outputs=(output,),
+        mask="attention_mask",
+        states=(("h_out", "h"), ("c_out", "c")),
+        pins=(Pin(float_name="a", quantized_name="b"), Pin(float_name="c", quantized_name=None)),
+        nonfinite=(
+            make_nonfinite("t0", "/before"),
+            make_nonfinite("t1", "/log/Log", origin=True, first_sample="07.npz"),
+            make_nonfinite("t2", "/div", origin=True),
+        ),
+        skipped=tuple(skipped),
+        not_observed=(unseen,),
+        batch=make_batch(0.031),
+    )[1:] == [
+        "  mask: positions where attention_mask is 0 do not count",
+        "  states: each model hands its own from sample to sample: h_out → h, c_out → c",
+        "  matched by hand: a = b, c refused",
+        "  NaN or infinity: 3 tensors of the quantized model, first at /log/Log (Log) in sample "
+        "07.npz with 5 NaN and 2 infinite; it begins at 1 other node too",
+        "  simulated against deployed: y: up to 12.25 steps apart, another largest element on 1 of "
+        "2 samples; none of it without ONNX Runtime's GeluFusion",
+        "  alone against in a padded batch of 24: up to 0.031 in embedding (float 4e-08)",
+        "  skipped: 5 × node (quantized model): scale of … is computed  [/q0, /q1, /q2, … 2 more]",
+        "  not observed: 1 × tensor: lies in a body  [if_out]",
+    ]
+
+
+def test_text_cuts_long_lists_of_reasons_with_a_count() -> None:
+    words = [chr(ord("a") + i) * 3 for i in range(20)]
+    skipped = tuple(Skipped(name=w, kind="node", model="float", reason=w) for w in words)
+    lines = basis(skipped=skipped)
+    assert lines[-1] == "  skipped: 14 more, for 14 other reasons"
+    assert len(lines) == 1 + 6 + 1
+    lost = tuple(Unmatched(name=w, kind="weight", model="float", reason=w) for w in words)
+    text = render.comparison_text(make_comparison(make_output(), unmatched=lost))
+    assert text.endswith("\n  8 more, for 8 other reasons")
+
+
+def test_text_keeps_fused_tensors_apart_from_unmatched_ones() -> None:
+    fused = [
+        Unmatched(
+            name=f"t{i}", kind="activation", model="float", reason=f"fused into {into}",
+            fused_into=into,
+        )
+        for i, into in enumerate(("485", "feat"))
+    ]  # fmt: skip
+    lost = Unmatched(name="u", kind="weight", model="float", reason="no twin")
+    theirs = Unmatched(name="v", kind="activation", model="quantized", reason="no twin")
+    text = render.comparison_text(make_comparison(make_output(), unmatched=(*fused, lost, theirs)))
+    assert text.splitlines()[-7:] == [
+        "",
+        "Fused: 2 tensors",
+        "  2 × activation (float model): fused into …  [t0, t1]",
+        "",
+        "Not compared: 2 tensors (1 of them of the quantized model)",
+        "  1 × weight (float model): no twin  [u]",
+        "  1 × activation (quantized model): no twin  [v]",
+    ]
+
+
+def test_text_shows_the_tensors_of_a_device_worst_first() -> None:
+    device = (
+        make_device("fine", 28.0, "quantization", device_sqnr_db=60.0),
+        make_device("broken", NAN),
+        make_device("bad", 4.0, kernel_sqnr_db=41.0),
+    )
+    text = render.comparison_text(make_comparison(make_output(), device=device), top=2)
+    lines = text.splitlines()
+    at = lines.index("Device: worst 2 of 3")
+    assert lines[at + 1].split() == [
+        "tensor", "float→simulated", "simulated→deployed", "→device", "total", "verdict"
+    ]  # fmt: skip
+    assert lines[at + 2].split() == ["broken", "29.1", "dB", "–", "NaN", "NaN", "device"]
+    assert lines[at + 3].split() == ["bad", "29.1", "dB", "41.0", "dB", "4.0", "dB", "4.0", "dB",
+                                     "device"]  # fmt: skip
+    assert "Device:" not in render.comparison_text(full_comparison())
+
+
+NASTY = "evil\x1b[2J\x9b31m\u202eabc\u2066\u2029\r\nerror: gone\x7f"
+
+
+def test_names_from_files_cannot_command_the_terminal() -> None:
+    assert render.printable(NASTY) == (
+        r"evil\x1b[2J\x9b31m\u202eabc\u2066\u2029\r\nerror: gone\x7f"
+    )
+    assert render.printable(render.printable(NASTY)) == render.printable(NASTY)
+    assert render.printable("größe/Ä→日本 名") == "größe/Ä→日本 名"
+    assert render.shorten_name(NASTY, 200) == render.printable(NASTY)
+    comparison = make_comparison(
+        make_output(NASTY, 2.0, deployed_differs=True, worst_sample=NASTY, deployed_cause=NASTY),
+        float_model=ModelFile(path=NASTY, sha256="", size_bytes=1, quant_format="float"),
+        activations=(make_activation(NASTY, 0, 3.0, op_type=NASTY, node=NASTY),),
+        weights=(make_weight(NASTY, NASTY, matched_by=NASTY),),
+        unmatched=(Unmatched(name=NASTY, kind="weight", model="float", reason=NASTY),),
+        counts=MatchCounts(matched=2, fused=0, unmatched=1, float_tensors=3),
+        skipped=(Skipped(name=NASTY, kind=NASTY, model=NASTY, reason=NASTY),),
+        nonfinite=(make_nonfinite(NASTY, NASTY, op_type=NASTY, first_sample=NASTY),),
+        device=(make_device(NASTY, 1.0, NASTY),),
+        pins=(Pin(float_name=NASTY, quantized_name=NASTY),),
+        states=((NASTY, NASTY),),
+        mask=NASTY,
+        provider=NASTY,
+        warnings=(NASTY,),
+    )
+    text = render.comparison_text(comparison)
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "\nerror: gone" not in text
+    assert text.count("evil") >= 15
+    assert render.headline(comparison).isprintable()
+
+
+def test_long_names_stay_readable() -> None:
+    name = "/stage" * 1_700 + "/conv/Conv"
+    comparison = make_comparison(
+        make_output(name, 2.0),
+        activations=(make_activation(name, 0, 3.0, node=name),),
+        weights=(make_weight(name, name),),
+        unmatched=(Unmatched(name=name, kind="weight", model="float", reason=f"not {name}"),),
+        warnings=(f"the tensor {name} is long",),
+    )
+    text = render.comparison_text(comparison, name_width=70)
+    assert max(map(len, text.split("\n"))) < 300
+    assert text.count("/conv/Conv") >= 5
+    assert len(render.headline(comparison)) < 250
+    assert (
+        json.loads(render.dump_json(render.comparison_json(comparison)))["outputs"][0]["name"]
+        == name
+    )
 
 
 def test_unmatched_tensors_are_grouped_by_reason() -> None:
@@ -804,4 +1320,58 @@ def test_description_of_a_file_is_shown_line_by_line() -> None:
         "outputs   y: float32[?]",
         "          z: int64[]",
         "recipe    format qdq, per channel no",
+    ]
+
+
+def description(**changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "path": "m.onnx",
+        "sha256": "ab",
+        "size_bytes": 1,
+        "opset": 13,
+        "producer": "p",
+        "quant_format": "qdq",
+        "nodes": 1,
+        "quantized_nodes": 0,
+        "weights": 0,
+        "quantized_weights": 0,
+        "op_types": {"If": 1},
+        "inputs": [],
+        "outputs": [],
+        "recipe": None,
+    }
+    return {**fields, **changes}
+
+
+def test_description_of_a_file_says_what_cannot_command_the_terminal() -> None:
+    text = render.show_text(
+        description(
+            path=NASTY,
+            producer=NASTY,
+            op_types={NASTY: 1},
+            inputs=[{"name": NASTY, "dtype": "float32", "shape": [NASTY]}],
+            recipe={"nodes": [NASTY]},
+        )
+    )
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert text.count("evil") == 6
+
+
+def test_description_of_a_file_names_bodies_and_what_could_not_be_read() -> None:
+    reason = "its scale {} is computed from inputs"
+    skipped = [
+        {"name": f"/q{i}", "kind": "node", "model": "quantized", "reason": reason.format(f"s_{i}")}
+        for i in range(5)
+    ]
+    bodies = [{"path": f"/If_{i}/then_branch", "nodes": i} for i in range(10)]
+    lines = render.show_text(description(bodies=bodies, skipped=skipped)).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("bodies"))
+    assert lines[at : at + 2] == [
+        "bodies    /If_0/then_branch: 0 nodes",
+        "          /If_1/then_branch: 1 node",
+    ]
+    assert lines[at + 8 :] == [
+        "          … 2 more",
+        "skipped   5 × node (quantized model): its scale … is computed from inputs  "
+        "[/q0, /q1, /q2, … 2 more]",
     ]

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from inspector.qparams import QParams
-from inspector.stats import Histogram, TensorStats, saturated_fraction
+from inspector.qparams import FLOAT_CODES, QParams
+from inspector.stats import Histogram, TensorStats, saturated_counts, saturated_fraction
 
 INT8 = QParams(scale=np.array(0.5), zero_point=np.array(0, np.int64), dtype="int8")
 
@@ -46,3 +47,52 @@ def test_a_histogram_counts_every_element_once() -> None:
     assert (histogram.below, histogram.above, histogram.nonfinite) == (2, 2, 2)
     with pytest.raises(ValueError, match="different edges"):
         histogram.merge(Histogram.of(x, np.array([0.0, 1.0])))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_CODES)
+def test_a_float_type_saturates_half_of_its_last_step_beyond_its_largest_code(dtype: str) -> None:
+    """The last step is the distance of the two largest codes, as ml_dtypes knows them."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    narrow = np.dtype(dtype)
+    below = np.frombuffer(
+        (np.array(largest).astype(narrow).view(np.uint8) - 1).astype(np.uint8).tobytes(), narrow
+    )
+    edge = largest + (largest - float(below[0].astype(np.float64))) / 2
+    scale = 0.25
+    qparams = QParams(scale=np.array(scale), zero_point=np.array(0), dtype=dtype)
+    assert qparams.representable_range() == (-largest * scale, largest * scale)
+    inside = np.array([-edge, -largest, 0.0, largest, edge]) * scale
+    assert saturated_counts(inside, qparams) == (0, 0)
+    outside = np.nextafter([-edge * scale, edge * scale, edge * scale], [-1e9, 1e9, 1e9])
+    assert saturated_counts(outside, qparams) == (1, 2)
+
+
+def test_saturation_is_counted_with_each_channels_and_each_blocks_own_limits() -> None:
+    real = np.array([[100.0, -100.0, 1.0], [100.0, -100.0, 300.0]])
+    channel = QParams(scale=np.array([0.5, 2.0]), zero_point=np.array([0, 0]), dtype="int8", axis=0)
+    assert saturated_counts(real, channel) == (1, 2)
+    blocks = QParams(
+        scale=np.array([[0.5, 2.0], [2.0, 2.0]]), zero_point=np.zeros((2, 2), np.int64),
+        dtype="int8", axis=1, block_size=2,
+    )  # fmt: skip
+    assert saturated_counts(real, blocks) == (1, 2)
+    assert saturated_counts(real[:, ::-1], blocks) == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
+def test_an_empty_array_has_no_saturated_elements_however_it_is_quantized(
+    shape: tuple[int, ...],
+) -> None:
+    for axis, block in ((0, None), (0, 2)):
+        qparams = QParams(
+            scale=np.ones(3), zero_point=np.zeros(3, np.int64), dtype="uint4", axis=axis,
+            block_size=block,
+        )  # fmt: skip
+        assert saturated_counts(np.zeros(shape, np.float32), qparams) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int32"])
+def test_saturation_does_not_depend_on_the_arrays_type_or_order(dtype: str) -> None:
+    values = np.array([[64.0, -70.0, 3.0], [80.0, 63.0, -64.0]]).astype(np.dtype(dtype))
+    assert saturated_counts(values, INT8) == (1, 2)
+    assert saturated_counts(np.asfortranarray(values), INT8) == (1, 2)

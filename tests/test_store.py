@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from inspector.comparison import Pin
 from inspector.errors import ReportError
 from inspector.store import (
     FeedSource,
+    PairOptions,
     PairRecord,
     RunRecord,
     StoredModel,
@@ -238,6 +240,59 @@ def test_records_survive_the_way_to_disk_and_back(workspace: Workspace) -> None:
     for record in (pair, run, pair.float_model, pair.inputs):
         text = json.dumps(record.to_json(), allow_nan=False)
         assert type(record).from_json(json.loads(text)) == record
+
+
+def test_options_and_pins_survive_the_way_to_disk_and_back(workspace: Workspace) -> None:
+    options = PairOptions(
+        mask="attention_mask",
+        states=(("h_out", "h"), ("c_out", "c")),
+        device="/dumps/board 1",
+        provider="OpenVINOExecutionProvider",
+    )
+    pins = (Pin(float_name="a", quantized_name="b"), Pin(float_name="c", quantized_name=None))
+    pair = a_pair(workspace, options=options)
+    workspace.save_pair(pair)
+    run = workspace.save_run(a_run(pair, pins=pins), {"samples": 4})
+    assert workspace.pair(pair.id) == pair
+    assert workspace.run(run.id) == run
+    assert workspace.run(run.id).pins == pins
+
+
+def test_records_from_before_there_were_options_and_pins_are_read(workspace: Workspace) -> None:
+    run = saved_run(workspace)
+    for kind, entry_id, key in (("pair", run.pair_id, "options"), ("run", run.id, "pins")):
+        path = workspace.root / f"{kind}s" / entry_id / f"{kind}.json"
+        data = json.loads(path.read_bytes())
+        del data[key]
+        path.write_text(json.dumps(data))
+    assert workspace.pair(run.pair_id).options == PairOptions()
+    assert workspace.run(run.id).pins == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask": 3}, r"mask is 3, expected text"),
+        ({"states": [["a"]]}, r"states is \[\['a'\]\], expected a list of pairs of texts"),
+        ("x", "it holds 'x', expected an object"),
+    ],
+)
+def test_options_of_another_type_are_named(options: Any, message: str) -> None:
+    with pytest.raises(ReportError, match=message):
+        PairOptions.from_json(options)
+
+
+def test_a_run_compared_anew_has_its_new_comparison_and_pins(workspace: Workspace) -> None:
+    run = saved_run(workspace)
+    stamp = workspace.comparison_stamp(run.id)
+    pinned = replace(run, pins=(Pin(float_name="a", quantized_name=None),))
+    workspace.replace_comparison(pinned, {"samples": 5, "more": True})
+    assert workspace.run(run.id) == pinned
+    assert workspace.comparison(run.id) == {"samples": 5, "more": True}
+    assert workspace.comparison_stamp(run.id) != stamp
+    assert leftovers(workspace) == []
+    with pytest.raises(ReportError, match="there is no run 00"):
+        workspace.replace_comparison(replace(run, id="00"), {})
 
 
 def test_a_workspace_can_be_moved(workspace: Workspace, tmp_path: Path) -> None:

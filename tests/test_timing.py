@@ -5,7 +5,7 @@ from pathlib import Path
 
 from onnx import helper
 
-from inspector.model import load_model
+from inspector.model_files import load_model
 from inspector.runtime import open_session
 from inspector.timing import RUNS_A_TURN, measure_latency
 from tests.samples import array, floats, model, save

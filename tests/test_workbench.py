@@ -6,16 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from inspector import workbench
 from inspector.cli import main as cli_main
+from inspector.comparison import Comparison, Pin
 from inspector.errors import Cancelled, FeedError, ModelError, ReportError
 from inspector.feeds import load_feeds
-from inspector.model import load_model
+from inspector.model_files import load_model
 from inspector.render import read_comparison, strict
-from inspector.store import FeedSource, Workspace
-from tests.samples import MODELS, ROOT, needs_models
+from inspector.store import FeedSource, PairOptions, Workspace, detail_key
+from inspector.web import matches
+from tests.samples import (
+    MODELS,
+    ROOT,
+    array,
+    floats,
+    model,
+    needs_models,
+    npz_folder,
+    qdq_of,
+    save,
+)
 
 DETECTOR = ROOT / "sample_models" / "digit-detector"
 TRANSFORMER = ROOT / "sample_models" / "digit-transformer"
@@ -40,6 +54,88 @@ def load_transformer(root: Path) -> str:
         float_path=TRANSFORMER / "float.onnx",
         quantized_path=TRANSFORMER / "quantized.onnx",
         inputs=source(TRANSFORMER / "feeds.npz", samples=12),
+    )
+
+
+def load_small(root: Path) -> str:
+    """Conv, Relu, Sigmoid; the quantized twin also holds "odd", of the shape of the Relu."""
+    files = root / "small"
+    files.mkdir(parents=True)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+        helper.make_node("Relu", ["c"], ["r"], "relu"),
+    ]
+    weight = array("w", floats((4, 3, 1, 1), 1))
+    ends: Any = ([("x", [1, 3, 6, 6])], [("y", [1, 4, 6, 6])])
+    last = helper.make_node("Sigmoid", ["r"], ["y"], "sigmoid")
+    save(model([*nodes, last], *ends, [weight]), files / "float.onnx")
+    quantize, constants = qdq_of("r", "r_dq", 0.05, -128)
+    odd, more = qdq_of("c", "odd", 0.1, 0)
+    last = helper.make_node("Sigmoid", ["r_dq"], ["y"], "sigmoid")
+    twin = model([*nodes, *quantize, *odd, last], *ends, [weight, *constants, *more])
+    twin.graph.output.add(name="odd", type=twin.graph.output[0].type)
+    save(twin, files / "quantized.onnx")
+    feeds = npz_folder(files / "feeds", [{"x": floats((1, 3, 6, 6), at)} for at in range(3)])
+    return workbench.load_pair(
+        root,
+        float_path=files / "float.onnx",
+        quantized_path=files / "quantized.onnx",
+        inputs=source(feeds),
+    )
+
+
+HIDDEN = np.zeros((1, 3), np.float32)
+
+
+def sequence_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Six positions of three features, a state of the sum, and padding of large values."""
+    folder.mkdir(parents=True)
+
+    def graph(*, quantized: bool) -> onnx.ModelProto:
+        weight = array("w", floats((3, 3), 1))
+        nodes, constants = qdq_of("x", "xq", 0.02, 0)
+        nodes = nodes if quantized else []
+        nodes += [
+            helper.make_node("MatMul", ["xq" if quantized else "x", "w"], ["m"], "matmul"),
+            helper.make_node("Identity", ["m"], ["y"], "out"),
+            helper.make_node("Unsqueeze", ["attention_mask", "last"], ["mask3"], "unsqueeze"),
+            helper.make_node("Mul", ["m", "mask3"], ["kept"], "mask"),
+            helper.make_node("ReduceSum", ["kept", "one"], ["sum"], "sum", keepdims=0),
+            helper.make_node("Add", ["h", "sum"], ["h_out"], "state"),
+        ]
+        last, one = array("last", np.array([2], np.int64)), array("one", np.array([1], np.int64))
+        return model(
+            nodes,
+            [("x", [1, "n", 3]), ("attention_mask", [1, "n"]), ("h", [1, 3])],
+            [("y", [1, "n", 3]), ("h_out", [1, 3])],
+            [weight, last, one, *(constants if quantized else [])],
+        )
+
+    save(graph(quantized=False), folder / "float.onnx")
+    save(graph(quantized=True), folder / "quantized.onnx")
+    mask = np.array([[1, 1, 1, 1, 0, 0]], np.float32)
+    feeds = [
+        {"x": floats((1, 6, 3), at) + 100 * (1 - mask[..., None]), "attention_mask": mask,
+         "h": HIDDEN}
+        for at in range(2)
+    ]  # fmt: skip
+    return (
+        folder / "float.onnx",
+        folder / "quantized.onnx",
+        npz_folder(folder / "feeds", feeds),
+    )
+
+
+def load_sequence(root: Path, options: PairOptions) -> str:
+    files = root / "sequence"
+    names = ("float.onnx", "quantized.onnx", "feeds")
+    paths = [files / n for n in names] if files.exists() else sequence_files(files)
+    return workbench.load_pair(
+        root,
+        float_path=paths[0],
+        quantized_path=paths[1],
+        inputs=source(paths[2]),
+        options=options,
     )
 
 
@@ -155,7 +251,10 @@ def test_the_histograms_of_a_tensor_count_every_value_once(tmp_path: Path) -> No
     )
     counts, _ = np.histogram(values.astype(np.float64), detail["edges"])
     np.testing.assert_array_equal(counts, detail["float_counts"])
-    assert Workspace(tmp_path).detail(run_id, "activation:output0") == detail
+    comparison = read_comparison(Workspace(tmp_path).comparison(run_id))
+    (record,) = [a for a in comparison.activations if a.name == "output0"]
+    key = detail_key("activation", "output0", record.quantized_name)
+    assert Workspace(tmp_path).detail(run_id, key) == detail
 
 
 def test_a_weight_is_inspected_without_running_the_model(tmp_path: Path) -> None:
@@ -238,6 +337,168 @@ def test_a_description_counts_what_is_quantized() -> None:
     assert 0 < description["quantized_nodes"] <= description["nodes"]
     assert description["recipe"]["weight_type"] == "int8"
     assert workbench.describe_model(DETECTOR / "float.onnx")["recipe"] is None
+
+
+# Matches set by hand, and how a pair is run.
+
+SIGMOID = "/head/Sigmoid_output_0"
+
+
+def the_comparison(root: Path, run_id: str) -> Comparison:
+    return read_comparison(Workspace(root).comparison(run_id))
+
+
+def test_a_match_set_by_hand_stays_with_the_run_and_with_what_is_made_from_it(
+    tmp_path: Path,
+) -> None:
+    run_id = load_detector(tmp_path)
+    workspace = Workspace(tmp_path)
+    before = the_comparison(tmp_path, run_id)
+    (record,) = [a for a in before.activations if a.name == SIGMOID]
+    pins = (Pin(float_name=SIGMOID, quantized_name=None),)
+    assert workbench.rematch(tmp_path, run_id=run_id, pins=pins) == run_id
+    refused = the_comparison(tmp_path, run_id)
+    assert SIGMOID not in {a.name for a in refused.activations}
+    assert refused.pins == workspace.run(run_id).pins == pins
+    assert refused.latency == before.latency, "it is not timed again"
+    assert refused.outputs == before.outputs
+    assert workspace.run(run_id).summary["feeds_stamp"], "the rest of the summary stays"
+
+    pins = (Pin(float_name=SIGMOID, quantized_name=record.quantized_name),)
+    workbench.rematch(tmp_path, run_id=run_id, pins=pins)
+    (pinned,) = [a for a in the_comparison(tmp_path, run_id).activations if a.name == SIGMOID]
+    assert pinned.matched_by == "pin"
+    assert pinned.accumulated_sqnr_db == record.accumulated_sqnr_db
+    made = workbench.requantize(
+        tmp_path, run_id=run_id, config=workspace.run(run_id).recipe, exclude=[]
+    )
+    assert workspace.run(made).pins == the_comparison(tmp_path, made).pins == pins
+
+    workbench.rematch(tmp_path, run_id=run_id, pins=())
+    (free,) = [a for a in the_comparison(tmp_path, run_id).activations if a.name == SIGMOID]
+    assert free == record
+    assert workspace.run(run_id).pins == ()
+
+
+def test_another_partner_has_another_histogram(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    first = workbench.inspect_tensor(tmp_path, run_id=run_id, tensor="r")
+    pins = (Pin(float_name="r", quantized_name="odd"),)
+    workbench.rematch(tmp_path, run_id=run_id, pins=pins)
+    second = workbench.inspect_tensor(tmp_path, run_id=run_id, tensor="r")
+    assert first["quantized_counts"] != second["quantized_counts"]
+    assert first["float_counts"] != [] != second["float_counts"]
+
+
+def test_a_tensor_with_nan_shows_the_values_that_are_finite(tmp_path: Path) -> None:
+    ends: Any = ([("x", [1, 4])], [("y", [1, 4])])
+    root = helper.make_node("Sqrt", ["x"], ["s"], "root")
+    save(model([root, helper.make_node("Relu", ["s"], ["y"], "end")], *ends), tmp_path / "f.onnx")
+    nodes, constants = qdq_of("s", "s_dq", 0.02, -128)
+    last = helper.make_node("Relu", ["s_dq"], ["y"], "end")
+    save(model([root, *nodes, last], *ends, constants), tmp_path / "q.onnx")
+    feeds = [{"x": np.array([[-1.0, 1.0, 4.0, low]], np.float32)} for low in (-1.0, 2.25)]
+    run_id = workbench.load_pair(
+        tmp_path / "data",
+        float_path=tmp_path / "f.onnx",
+        quantized_path=tmp_path / "q.onnx",
+        inputs=source(npz_folder(tmp_path / "feeds", feeds)),
+    )
+    detail = workbench.inspect_tensor(tmp_path / "data", run_id=run_id, tensor="s")
+    inside = sum(detail["float_counts"]) + detail["float_below"] + detail["float_above"]
+    assert inside == 5, "of 8 values, 3 are roots of negative numbers"
+    assert detail["edges"][0] <= 1.0
+    assert detail["edges"][-1] >= 2.0
+
+
+def test_a_pin_whose_tensor_a_new_run_lacks_is_dropped_with_a_note(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workspace = Workspace(tmp_path)
+    pins = (Pin(float_name="r", quantized_name="odd"), Pin(float_name="c", quantized_name=None))
+    workbench.rematch(tmp_path, run_id=run_id, pins=pins)
+    made = workbench.requantize(
+        tmp_path, run_id=run_id, config=workspace.run(run_id).recipe, exclude=[]
+    )
+    assert workspace.run(made).pins == pins[1:]
+    assert any("the tensor is not: r" in note for note in workspace.run(made).notes)
+
+
+def test_a_pin_that_cannot_be_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    before = Workspace(tmp_path).comparison(run_id)
+    with pytest.raises(ModelError, match="nowhere"):
+        workbench.rematch(
+            tmp_path, run_id=run_id, pins=[Pin(float_name="r", quantized_name="nowhere")]
+        )
+    assert Workspace(tmp_path).comparison(run_id) == before
+    assert Workspace(tmp_path).run(run_id).pins == ()
+
+
+def test_the_tensors_to_choose_from_have_shapes_and_constants_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    run_id = load_small(tmp_path)
+    listed = workbench.list_tensors(tmp_path, run_id=run_id)
+    known = {side: {each["name"]: each for each in listed[side]} for side in listed}
+    assert known["float"]["w"] == {"name": "w", "shape": [4, 3, 1, 1], "constant": True}
+    assert known["float"]["r"] == {"name": "r", "shape": [1, 4, 6, 6], "constant": False}
+    assert {"odd", "y"} <= known["quantized"].keys()
+    assert matches.candidates("r", listed["float"], listed["quantized"])[:1] != ["w"]
+    assert "odd" in matches.candidates("r", listed["float"], listed["quantized"])
+    assert "w" not in matches.candidates("r", listed["float"], listed["quantized"])
+
+
+def test_a_pairs_options_are_kept_and_make_another_pair(tmp_path: Path) -> None:
+    plain = load_sequence(tmp_path, PairOptions())
+    options = PairOptions(mask="attention_mask")
+    masked = load_sequence(tmp_path, options)
+    workspace = Workspace(tmp_path)
+    assert workspace.run(plain).pair_id != workspace.run(masked).pair_id
+    assert load_sequence(tmp_path, options) == masked
+    assert workspace.pair(workspace.run(masked).pair_id).options == options
+    assert the_comparison(tmp_path, masked).mask == "attention_mask"
+    without = the_comparison(tmp_path, plain).outputs[0]
+    with_mask = the_comparison(tmp_path, masked).outputs[0]
+    # What stands in padded positions lies far beyond what the scale can hold.
+    assert with_mask.sqnr_db > without.sqnr_db + 10
+    made = workbench.requantize(
+        tmp_path, run_id=masked, config=workspace.run(masked).recipe, exclude=[]
+    )
+    assert the_comparison(tmp_path, made).mask == "attention_mask"
+    # A histogram leaves padding out too: 2 samples of 6 positions, 2 of them padding.
+    detail = workbench.inspect_tensor(tmp_path, run_id=masked, tensor="y")
+    assert detail["count"] == 2 * 4 * 3
+
+
+def test_a_devices_tensors_are_set_beside_the_loaded_file_only(tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for at in range(2):
+        np.savez(dump / f"{at:02}.npz", y=np.zeros((1, 6, 3), np.float32))
+    run_id = load_sequence(tmp_path, PairOptions(device=str(dump)))
+    workspace = Workspace(tmp_path)
+    (record,) = the_comparison(tmp_path, run_id).device
+    assert (record.name, record.samples, record.total_sqnr_db) == ("y", 2, 0.0), "all zero"
+    made = workbench.requantize(
+        tmp_path, run_id=run_id, config=workspace.run(run_id).recipe, exclude=[]
+    )
+    assert the_comparison(tmp_path, made).device == ()
+    assert any("those of the loaded file" in note for note in workspace.run(made).notes)
+
+
+def test_options_are_offered_from_what_the_model_and_its_feeds_hold(tmp_path: Path) -> None:
+    float_path, _, feeds = sequence_files(tmp_path / "files")
+    offered = workbench.list_options(float_path=float_path, inputs=source(feeds))
+    assert offered["inputs"] == ["x", "attention_mask", "h"]
+    assert offered["mask"] == "attention_mask"
+    assert offered["likely_states"] == [["h_out", "h"]]
+    assert "CPUExecutionProvider" in offered["providers"]
+    full = npz_folder(
+        tmp_path / "full",
+        [{"x": floats((1, 6, 3)), "attention_mask": np.ones((1, 6), np.float32), "h": HIDDEN}],
+    )
+    assert workbench.list_options(float_path=float_path, inputs=source(full))["mask"] == ""
+    assert workbench.list_options(float_path=float_path)["mask"] == ""
 
 
 @needs_models

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import streamlit as st
 
 from inspector.errors import FeedError, InspectorError, ModelError
-from inspector.store import FeedSource
+from inspector.render import dump_json, shorten_name
+from inspector.store import CPU_PROVIDER, FeedSource, PairOptions
 from inspector.web import session, tasks, widgets
+from inspector.web.words import md_code
 
 # ── recipe ───────────────────────────────────────────────────────────────────────────────────
 
@@ -145,6 +147,7 @@ class Chosen:
         quantized_path: None to quantize the float model with the defaults.
         inputs: None where none are chosen yet.
         calibration: None for the first half of the inputs.
+        options: how the two are run and compared.
         title: as the user calls the pair.
     """
 
@@ -152,6 +155,7 @@ class Chosen:
     quantized_path: Path | None
     inputs: FeedSource | None
     calibration: FeedSource | None
+    options: PairOptions
     title: str
 
 
@@ -360,11 +364,12 @@ def _feed_field(role: str, below: Any, *, optional: bool) -> FeedSource | None:
         )
     if way == "upload":
         files = st.file_uploader(
-            "Feeds: .npz, .npy, pictures, or ONNX's input_*.pb",
+            "Feeds: .npz, .npy, pictures, texts.txt, or ONNX's input_*.pb",
             accept_multiple_files=True,
             key=f"upload-{role}",
-            help="One .npz per sample, or one .npz or .npy with a leading sample axis. "
-            "labels.json and preprocess.json may come along.",
+            help="One .npz per sample, or one .npz or .npy with a leading sample axis; or "
+            "texts.txt, one sample per line, with tokenizer.json. labels.json and "
+            "preprocess.json may come along.",
         )
         if not files:
             return None
@@ -374,7 +379,9 @@ def _feed_field(role: str, below: Any, *, optional: bool) -> FeedSource | None:
         )
         pictures = any(each.name.lower().endswith(_PICTURES) for each in files)
         own = any(each.name == "preprocess.json" for each in files)
-        path = folder / files[0].name if len(files) == 1 and not pictures else folder
+        texts = any(each.name == "texts.txt" for each in files)
+        whole = len(files) > 1 or pictures or texts
+        path = folder if whole else folder / files[0].name
         title = files[0].name if len(files) == 1 else f"{len(files)} files"
         kind = "stored"
     else:
@@ -383,7 +390,8 @@ def _feed_field(role: str, below: Any, *, optional: bool) -> FeedSource | None:
                 "Folder or file",
                 key=f"path-{role}",
                 placeholder="/path/to/feeds",
-                help="A folder of .npz or pictures, one .npz or .npy, or test_data_set_*.",
+                help="A folder of .npz, of pictures or with texts.txt and tokenizer.json, one "
+                ".npz or .npy, or test_data_set_*.",
             )
             or ""
         ).strip()
@@ -410,6 +418,101 @@ def _holds_pictures(path: Path) -> bool:
         return any(each.suffix.lower() in _PICTURES for each in path.iterdir())
     except OSError:
         return False  # not a folder: what it is, the worker says
+
+
+def _options_form(float_path: Path | None, inputs: FeedSource | None) -> PairOptions:
+    """What is asked for rarely: padding, states, a device's tensors, where the models run."""
+    with st.expander("More: padding, states, device, provider", key="more"):
+        if float_path is None:
+            st.caption("Choose a float model first: its inputs and outputs are offered here.")
+            return PairOptions()
+        answer = session.ask(
+            ("options", str(float_path)),
+            tasks.list_options,
+            float_path=float_path,
+            title="Looking for inputs and states",
+        )
+        if answer.job is not None:
+            widgets.waiting(answer.job, height=150, key="options")
+            return PairOptions()
+        if answer.error is not None:
+            # Said once, where the model or the feeds were chosen.
+            st.caption("The float model or its inputs cannot be read yet.")
+            return PairOptions()
+        return _options_fields(answer.value, _padding_mask(float_path, inputs))
+
+
+def _padding_mask(float_path: Path, inputs: FeedSource | None) -> str:
+    """The input that marks padding in the chosen feeds, once they were looked at; "" for none."""
+    if inputs is None:
+        return ""
+    answer = session.ask(
+        ("mask", str(float_path), dump_json(inputs.to_json())),
+        tasks.list_options,
+        float_path=float_path,
+        inputs=inputs,
+        title="Looking for padding",
+    )
+    return str(answer.value["mask"]) if answer.value else ""
+
+
+def _options_fields(found: Mapping[str, Any], padding: str) -> PairOptions:
+    left, right = st.columns(2, gap="medium")
+    with left:
+        mask = st.selectbox(
+            "Mask input",
+            found["inputs"],
+            index=None,
+            placeholder="none: every position counts",
+            key="option-mask",
+            format_func=lambda name: shorten_name(name, 50),
+            help="Positions where this input is 0 are padding: no figure counts them.",
+        )
+        if padding and not mask:
+            st.caption(f"The samples are padded where {md_code(padding)} is 0: choose it here.")
+        device = ""
+        if session.is_local():
+            device = (
+                st.text_input(
+                    "Tensors dumped from a device",
+                    key="option-device",
+                    placeholder="/path/to/folder",
+                    help="One .npz per sample, keyed by tensor name: set beside what this machine "
+                    "computes for the loaded quantized model.",
+                )
+                or ""
+            ).strip()
+    with right:
+        pairs = [(str(output), str(given)) for output, given in found["states"]]
+        states = st.multiselect(
+            "States (output → input of the next sample)",
+            pairs,
+            placeholder="none: samples are independent",
+            key="option-states",
+            format_func=lambda pair: f"{shorten_name(pair[0], 26)} → {shorten_name(pair[1], 26)}",
+            disabled=not pairs,
+            help="Each model gets its own state back with the next sample, as on a device.",
+        )
+        likely = [
+            f"{md_code(output)} → {md_code(given)}" for output, given in found["likely_states"]
+        ]
+        if likely and not states:
+            st.caption(f"Looks like a state: {', '.join(likely[:3])}")
+        providers = list(dict.fromkeys((CPU_PROVIDER, *found["providers"])))
+        provider = st.selectbox(
+            "Deployed on",
+            providers,
+            key="option-provider",
+            format_func=lambda name: name.removesuffix("ExecutionProvider"),
+            help="ONNX Runtime's execution provider of the deployed runs; this installation has "
+            "these.",
+        )
+    return PairOptions(
+        mask=mask or "",
+        states=tuple((output, given) for output, given in states),
+        device=str(Path(device).expanduser()) if device else "",
+        provider=provider or CPU_PROVIDER,
+    )
 
 
 def load_form() -> Chosen:
@@ -456,6 +559,7 @@ def load_form() -> Chosen:
             calibration = _feed_field("calibration", below, optional=True)
         except InspectorError as error:
             problem = error
+    options = _options_form(float_path, inputs)
     if problem is not None:
         raise problem
     title = float_path.stem if float_path is not None else ""
@@ -466,5 +570,6 @@ def load_form() -> Chosen:
         quantized_path=quantized_path,
         inputs=inputs,
         calibration=calibration,
+        options=options,
         title=title,
     )

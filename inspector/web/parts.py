@@ -22,7 +22,7 @@ from inspector.render import (
     shorten_name,
 )
 from inspector.store import RunRecord, StoredModel
-from inspector.web import forms, session, style, tables, tasks, widgets
+from inspector.web import forms, session, style, tables, tasks, widgets, words
 from inspector.web.forms import Chosen
 from inspector.web.session import Draft, View
 
@@ -63,7 +63,7 @@ def _model_card(label: str, color: str, stored: StoredModel | None, *, key: str)
             st.markdown(f":{color}[**{label}**]")
             st.markdown("No file: the float model was quantized with the defaults (run 1).")
             return
-        st.markdown(f":{color}[**{label}**] {widgets.md_code(shorten_name(stored.name, 44))}")
+        st.markdown(f":{color}[**{label}**] {words.md_code(shorten_name(stored.name, 44))}")
         answer = session.ask(
             ("describe", stored.sha256, stored.name),
             tasks.describe_model,
@@ -76,12 +76,14 @@ def _model_card(label: str, color: str, stored: StoredModel | None, *, key: str)
             widgets.error(answer.error)
         else:
             st.table(
-                pd.DataFrame(_model_rows(answer.value), columns=["", " "]).set_index(""),
+                widgets.as_markdown(
+                    pd.DataFrame(_model_rows(answer.value), columns=["", " "]).set_index("")
+                ),
                 border="horizontal",
                 hide_header=True,
             )
             for each in answer.value.get("warnings", ()):
-                st.caption(widgets.md_text(each))
+                st.caption(words.md_text(each))
 
 
 def pair(view: View) -> None:
@@ -89,8 +91,9 @@ def pair(view: View) -> None:
     samples, meaning = widgets.samples_label(view.comparison)
     quantized = view.run.model
     widgets.sentence(
-        f"{view.pair.float_model.name} ({format_bytes(view.pair.float_model.size_bytes)}) against "
-        f"{quantized.name} ({format_bytes(quantized.size_bytes)})"
+        f"{shorten_name(view.pair.float_model.name)} "
+        f"({format_bytes(view.pair.float_model.size_bytes)}) against "
+        f"{shorten_name(quantized.name)} ({format_bytes(quantized.size_bytes)})"
     )
     left, right = st.columns(2, gap="small")
     with left:
@@ -104,8 +107,8 @@ def pair(view: View) -> None:
     if own is not None:
         calibration = own.title or own.path
     st.markdown(
-        f"**Feeds** {widgets.md_code(feeds.title or feeds.path)} · {widgets.md_text(samples)} · "
-        f"re-quantizing calibrates on {widgets.md_text(calibration)}",
+        f"**Feeds** {words.md_code(feeds.title or feeds.path)} · {words.md_text(samples)} · "
+        f"re-quantizing calibrates on {words.md_text(calibration)}",
         help=meaning or None,
     )
 
@@ -139,18 +142,18 @@ def preview(chosen: Chosen | None) -> bool:
                 base64.b64decode(found["picture_png"]), caption="As the model gets it", width=190
             )
         with right:
-            st.markdown(f"**{widgets.md_text(str(found['description']))}**")
+            st.markdown(f"**{words.md_text(str(found['description']))}**")
             for each in found["ranges"]:
                 low, high = (
                     None if each[end] is None else read_number(each[end]) for end in ("low", "high")
                 )
                 shape = " × ".join(map(str, each["shape"]))
                 st.markdown(
-                    f"{widgets.md_code(each['input'])} {each['dtype']} [{shape}], "
+                    f"{words.md_code(each['input'])} {each['dtype']} [{shape}], "
                     f"{format_number(low)} … {format_number(high)}"
                 )
             for note in found["notes"]:
-                st.caption(widgets.md_text(note))
+                st.caption(words.md_text(note))
     return True
 
 
@@ -180,7 +183,7 @@ def samples_and_pairs(view: View | None) -> None:
         with st.container(horizontal=True, key="pairs"):
             for each in others:
                 st.button(
-                    f"{widgets.md_text(shorten_name(each.title, 32))} · "
+                    f"{words.md_text(shorten_name(each.title, 32))} · "
                     f"{each.created[:16].replace('T', ' ')}",
                     key=f"pair-{each.id}",
                     type="tertiary",
@@ -266,6 +269,7 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
         changes = st.session_state[key]["edited_rows"]
         session.tick(view.pair.id, draft, tuple(_shown(state["base"], frame, changes)))
 
+    widgets.limited(frame, view, key="nodes")
     st.data_editor(
         tables.shown(frame),
         key=key,
@@ -284,7 +288,9 @@ def _all_like_this(view: View, draft: Draft) -> None:
     op = op_of.get(draft.nodes[-1]) if draft.nodes else None
     alike = [name for name, each in op_of.items() if each == op] if op else []
     st.button(
-        f"All like this: {op} ({len(alike)})" if op else "All like this",
+        f"All like this: {words.md_text(shorten_name(op, 24))} ({len(alike)})"
+        if op
+        else "All like this",
         key="all-like-this",
         disabled=not op or set(alike) <= set(draft.nodes),
         on_click=session.tick,
@@ -309,9 +315,11 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
             if not number:
                 st.caption("Tick nodes on the left; start with the worst.")
             for name in draft.nodes:
-                st.markdown(f":violet[■] {widgets.md_code(shorten_name(name, 46))}")
+                st.markdown(f":violet[■] {words.md_code(shorten_name(name, 46))}")
         with st.popover(
-            f"Recipe: {forms.recipe_summary(view.run.recipe)}", width="stretch", key="recipe"
+            f"Recipe: {words.md_text(forms.recipe_summary(view.run.recipe))}",
+            width="stretch",
+            key="recipe",
         ):
             recipe = forms.recipe_form(
                 view.run.recipe, tables.op_types(view.comparison), key=f"recipe-{view.run.id}"
@@ -361,11 +369,13 @@ def change(view: View) -> None:
     if view.before is None or view.baseline is None:
         st.caption("There is no earlier run of this recipe to compare with.")
         return
+    before, after, dark = view.before, view.comparison, style.is_dark()
     widgets.picture(
-        figures.before_after(view.before, view.comparison, style.is_dark()),
+        figures.before_after(before, after, dark),
         key="change",
         name=f"{view.pair.title}-run{view.baseline.number}-run{view.run.number}",
         alt="SQNR of every tensor before and after",
+        whole=lambda: figures.before_after(before, after, dark, most=None),
     )
     widgets.tensor_table(
         tables.deltas(view.before, view.comparison),
@@ -401,13 +411,13 @@ def effects(view: View, draft: Draft) -> None:
         name = str(effect.get("name", ""))
         status = str(effect.get("status", ""))
         sign, node, why, free = st.columns([1.3, 2, 4, 1], gap="small", vertical_alignment="center")
-        sign.markdown(_EFFECT.get(status, widgets.md_text(status)))
+        sign.markdown(_EFFECT.get(status, words.md_text(status)))
         node.markdown(
-            f"{widgets.md_code(shorten_name(name, 36))} "
-            f"{widgets.md_text(str(effect.get('op_type', '')))}",
-            help=widgets.md_code(name),
+            f"{words.md_code(shorten_name(name, 36))} "
+            f"{words.md_text(str(effect.get('op_type', '')))}",
+            help=words.md_code(name),
         )
-        why.caption(widgets.md_text("; ".join(map(str, effect.get("details", ())))))
+        why.caption(words.md_text("; ".join(map(str, effect.get("details", ())))))
         if status not in ("float now", "no such node"):
             free.button(
                 "Free it fully",
@@ -439,13 +449,13 @@ def _proposal(view: View, draft: Draft) -> None:
         elif answer.error is not None:
             widgets.error(answer.error)
         elif not answer.value:
-            st.markdown(f"{widgets.md_code(node)} needs no further node to be really float.")
+            st.markdown(f"{words.md_code(node)} needs no further node to be really float.")
         else:
             further = [each for each in answer.value if each not in draft.nodes]
             st.markdown(
-                f"To make {widgets.md_code(node)} really float, "
+                f"To make {words.md_code(node)} really float, "
                 f"{widgets.count(len(answer.value), 'further node')} must stay in float: "
-                + ", ".join(widgets.md_code(each) for each in answer.value)
+                + ", ".join(words.md_code(each) for each in answer.value)
             )
             st.button(
                 f"Tick {widgets.count(len(further), 'node')}" if further else "Already ticked",

@@ -15,7 +15,7 @@ from typing import Any
 import streamlit as st
 
 from inspector.errors import InspectorError
-from inspector.web import session, style, widgets
+from inspector.web import session, style, widgets, words
 
 PAGES_FOLDER = Path(__file__).resolve().parents[2] / "pages"
 # (address, title, icon); each shows the page file of its address.
@@ -42,7 +42,7 @@ def on_script_error(error: Exception) -> bool:
     """Says that something unforeseen happened; the details go to the log, not on the page."""
     _log.error("a page failed", exc_info=error)
     st.error(
-        f"Something unforeseen happened: {widgets.md_text(type(error).__name__)}.\n\n"
+        f"Something unforeseen happened: {words.md_text(type(error).__name__)}.\n\n"
         "**Reload the page; if it happens again, report it with the lines of the server's log.**",
         icon=":material/error:",
     )

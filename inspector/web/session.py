@@ -24,7 +24,7 @@ from inspector.errors import InspectorError
 from inspector.jobs import JobStatus, Worker
 from inspector.render import find_headline, read_comparison
 from inspector.store import PairRecord, RunRecord, Workspace
-from inspector.web import tasks
+from inspector.web import tasks, words
 
 ACTIVE = ("queued", "running")
 FIRST_SAMPLE = "digit-detector"
@@ -137,9 +137,14 @@ class View:
 
 
 @st.cache_resource(show_spinner=False, max_entries=12)
-def _comparison(folder: str, run_id: str) -> Comparison:
-    # A finished run never changes, so its id is the whole key.
+def _comparison(folder: str, run_id: str, stamp: tuple[int, int]) -> Comparison:
+    # A run is compared anew when a match is set by hand; nothing else changes it.
     return read_comparison(_workspace(folder).comparison(run_id))
+
+
+def comparison_of(run_id: str) -> Comparison:
+    """A run's comparison as it is on disk, read once."""
+    return _comparison(str(root()), run_id, workspace().comparison_stamp(run_id))
 
 
 def baseline_of(run: RunRecord, runs: tuple[RunRecord, ...]) -> RunRecord | None:
@@ -179,7 +184,7 @@ def view() -> View | None:
     if not runs:
         return None
     run = next((each for each in runs if each.id == wanted), runs[-1])
-    comparison = _comparison(str(root()), run.id)
+    comparison = comparison_of(run.id)
     baseline = baseline_of(run, runs)
     return View(
         pair=pair,
@@ -187,7 +192,7 @@ def view() -> View | None:
         run=run,
         comparison=comparison,
         baseline=baseline,
-        before=_comparison(str(root()), baseline.id) if baseline else None,
+        before=comparison_of(baseline.id) if baseline else None,
         tensor=_selected_tensor(comparison),
     )
 
@@ -316,12 +321,12 @@ def settle() -> str | None:
             if purpose != ELSEWHERE or workspace().current_pair() is None:
                 report(status.error)
         elif status.state == "cancelled":
-            st.toast(f"Stopped: {status.title}.")
-        elif status.state == "done" and purpose in ("load", "requantize"):
+            st.toast(words.md_text(f"Stopped: {status.title}."))
+        elif status.state == "done" and purpose in ("load", "requantize", "rematch"):
             st.session_state.pop("problem", None)
             if purpose == "load":
                 loaded = str(status.result)
-            else:
+            elif purpose == "requantize":
                 select_run(str(status.result))
     return loaded
 
@@ -420,11 +425,12 @@ def forget(key: tuple[Hashable, ...]) -> None:
 def tensor_detail(view: View) -> Answer:
     """The binned values of the selected tensor, from the store or from a worker."""
     kind = "activation" if view.kind == "activation" else "weight"
-    kept = workspace().detail(view.run.id, f"{kind}:{view.tensor}")
+    partner = view.record.quantized_name if view.record else ""
+    kept = workspace().detail(view.run.id, store.detail_key(kind, view.tensor, partner))
     if kept is not None:
         return Answer(value=kept)
     return ask(
-        ("tensor", view.run.id, view.tensor),
+        ("tensor", view.run.id, view.tensor, partner),
         tasks.inspect_tensor,
         root(),
         run_id=view.run.id,
@@ -436,7 +442,8 @@ def tensor_detail(view: View) -> Answer:
 
 def forget_tensor(view: View) -> None:
     """Lets the next `tensor_detail` try again."""
-    forget(("tensor", view.run.id, view.tensor))
+    partner = view.record.quantized_name if view.record else ""
+    forget(("tensor", view.run.id, view.tensor, partner))
 
 
 def stop_job(job_id: str) -> None:

@@ -48,6 +48,12 @@ h1 { padding: 0.1rem 0 !important; }
 [class*="st-key-csv-"] button { min-height: 0; padding: 0 0.3rem; font-size: 0.75rem; }
 [class*="st-key-wait-"] { display: flex; justify-content: center; }
 [data-testid="stElementToolbar"] { top: 0.15rem !important; }
+.st-key-what { min-height: 2rem; }
+.st-key-what button { min-height: 1.6rem; padding: 0 0.5rem; font-size: 0.8rem; }
+.st-key-what [data-testid="stMarkdownContainer"],
+.st-key-unmatched [data-testid="stMarkdownContainer"] { margin-bottom: 0; }
+.st-key-basis summary { padding: 0.15rem 0.6rem; min-height: 0; font-size: 0.85rem; }
+.st-key-basis summary p { font-size: 0.85rem; }
 .st-key-formula pre { padding: 0.35rem 0.8rem; }
 .st-key-formula code { font-size: 0.92rem; }
 .st-key-sentence p { font-size: 1.25rem; font-weight: 620; line-height: 1.3; margin: 0; }

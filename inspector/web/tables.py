@@ -11,8 +11,12 @@ import streamlit as st
 
 from inspector.comparison import (
     ActivationError,
+    BatchEffect,
     Comparison,
+    DeviceError,
+    NonFinite,
     OutputError,
+    Skipped,
     Unmatched,
     WeightError,
     judged_db,
@@ -24,6 +28,7 @@ from inspector.render import (
     format_db,
     format_number,
     group_unmatched,
+    printable,
     read_number,
     shorten_name,
 )
@@ -33,6 +38,10 @@ from inspector.web.session import View, compared, rank_of, sqnr_of
 
 # Beyond this many rows, decibels are shown as plain numbers: formatting cells one by one is slow.
 STYLED_ROWS = 600
+# More rows take the browser longer than a reader has patience; downloads have all of them.
+MAX_ROWS = 2000
+# Names that are listed in one cell.
+MAX_NAMES = 20
 DECIBELS = ("sqnr", "local", "worst", "part_db", "weight", "before", "after")
 # An empty table has its columns too.
 # fmt: off
@@ -44,6 +53,12 @@ NODE_COLUMNS = [
 ]
 # fmt: on
 KINDS = ("activation", "weight", "bias")
+RULES = {
+    "name": "by name",
+    "structure": "by structure",
+    "content": "by content",
+    "pin": "by hand",
+}
 
 
 def _known(sqnr_db: float | None) -> float | None:
@@ -80,15 +95,19 @@ def _matches(text: str, *fields: str) -> bool:
 def tensors(
     comparison: Comparison, *, text: str = "", kind: str | None = None, op_type: str | None = None
 ) -> pd.DataFrame:
-    """Every compared tensor that passes the filters, worst first."""
+    """The compared tensors that pass the filters, worst first.
+
+    At most `MAX_ROWS`; `attrs["total"]` of the frame is how many pass.
+    """
+    passing = [
+        each
+        for each in compared(comparison)
+        if (not kind or kind_of(each) == kind)
+        and (not op_type or each.op_type == op_type)
+        and (not text or _matches(text, each.name, each.node, each.op_type))
+    ]
     rows = []
-    for each in sorted(compared(comparison), key=rank_of):
-        if kind and kind_of(each) != kind:
-            continue
-        if op_type and each.op_type != op_type:
-            continue
-        if text and not _matches(text, each.name, each.node, each.op_type):
-            continue
+    for each in sorted(passing, key=rank_of)[:MAX_ROWS]:
         sqnr = sqnr_of(each)
         activation = each if isinstance(each, ActivationError) else None
         rows.append(
@@ -97,7 +116,7 @@ def tensors(
                 "name": each.name,
                 "tensor": shorten_name(each.name, 52),
                 "kind": kind_of(each),
-                "op": each.op_type,
+                "op": shorten_name(each.op_type, 24),
                 "type": each.dtype,
                 "sqnr": _known(sqnr),
                 "local": _known(activation.local_sqnr_db) if activation else None,
@@ -107,17 +126,25 @@ def tensors(
                 "clipped": None
                 if activation is None or activation.saturated_fraction is None
                 else 100 * activation.saturated_fraction,
-                "node": each.node,
+                "node": shorten_name(each.node, 120),
             }
         )
-    return pd.DataFrame(rows, columns=TENSOR_COLUMNS)
+    frame = pd.DataFrame(rows, columns=TENSOR_COLUMNS)
+    frame.attrs["total"] = len(passing)
+    return frame
 
 
-def tensor_facts(record: ActivationError | WeightError) -> pd.DataFrame:
-    """What a tensor's scale can hold and what was seen, as label and text."""
-    matched = record.quantized_name + (
-        "" if record.matched_by == "name" else f" (matched by {record.matched_by})"
-    )
+def _device_text(record: DeviceError) -> str:
+    steps = [f"float → simulated {format_db(record.quantization_sqnr_db)}"]
+    if record.kernel_sqnr_db is not None:
+        steps.append(f"→ deployed {format_db(record.kernel_sqnr_db)}")
+    steps.append(f"→ device {format_db(record.device_sqnr_db)}")
+    most = {"exact": "no noise at all"}.get(record.verdict, f"most from {record.verdict}")
+    return f"{' '.join(steps)}; in all {format_db(record.total_sqnr_db)}, {most}"
+
+
+def tensor_facts(record: ActivationError | WeightError, comparison: Comparison) -> pd.DataFrame:
+    """What a tensor's scale can hold, what was seen and what it was matched with, as texts."""
     channels = "–" if record.channel_axis is None else f"axis {record.channel_axis}"
     if isinstance(record, WeightError):
         rows = [
@@ -146,8 +173,15 @@ def tensor_facts(record: ActivationError | WeightError) -> pd.DataFrame:
     rows += [
         ("Cosine similarity", f"{record.cosine_similarity:.6f}"),
         ("MSE", format_number(record.mse)),
-        ("Quantized tensor", matched),
+        ("Quantized tensor", shorten_name(record.quantized_name, 90)),
+        ("Matched", RULES.get(record.matched_by, record.matched_by)),
     ]
+    if record.note:
+        rows.append(("Note", printable(record.note, 90)))
+    scope = record.scope if isinstance(record, WeightError) else ""
+    if scope:
+        rows.append(("Inside", shorten_name(scope, 90)))
+    rows += [("Device", _device_text(d)) for d in comparison.device if d.name == record.name]
     return pd.DataFrame(rows, columns=["", " "]).set_index("")
 
 
@@ -226,7 +260,7 @@ def nodes(
                 "sign": "▸" if name == selected else style.SIGNS[style.severity(rank)],
                 "name": name,
                 "node": shorten_name(name, 40),
-                "op": op,
+                "op": shorten_name(op, 24),
                 "sqnr": _known(sqnr),
                 "part_db": _known(min((part.sqnr_db for part in output.slices), default=None))
                 if output
@@ -234,15 +268,22 @@ def nodes(
                 "local": _known(output.local_sqnr_db) if output else None,
                 "weight": _known(constant.sqnr_db) if constant else None,
                 "rank": math.inf if rank is None else rank,
-                "tensor": output.name
-                if output
-                else ", ".join(named[name]["outputs"])
-                if name in named
-                else "",
+                "tensor": shorten_name(
+                    output.name
+                    if output
+                    else ", ".join(named[name]["outputs"])
+                    if name in named
+                    else "",
+                    60,
+                ),
             }
         )
     rows.sort(key=lambda row: row.pop("rank"))
-    return pd.DataFrame(rows, columns=NODE_COLUMNS)
+    # Ticked ones are always among them.
+    kept = [row for at, row in enumerate(rows) if at < MAX_ROWS or row["float"]]
+    frame = pd.DataFrame(kept, columns=NODE_COLUMNS)
+    frame.attrs["total"] = len(rows)
+    return frame
 
 
 def op_of_nodes(comparison: Comparison) -> dict[str, str]:
@@ -324,7 +365,7 @@ def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
             {
                 "name": each.name,
                 "tensor": shorten_name(each.name, 48),
-                "op": each.op_type,
+                "op": shorten_name(each.op_type, 24),
                 "kind": kind_of(each),
                 "before": was,
                 "after": now,
@@ -335,7 +376,9 @@ def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
         rows, columns=["name", "tensor", "op", "kind", "before", "after", "change"]
     )
     order = frame["change"].abs().sort_values(ascending=False, kind="stable").index
-    return frame.loc[order].reset_index(drop=True)
+    listed = frame.loc[order[:MAX_ROWS]].reset_index(drop=True)
+    listed.attrs["total"] = len(frame)
+    return listed
 
 
 def delta_columns() -> dict[str, Any]:
@@ -398,20 +441,105 @@ def run_columns() -> dict[str, Any]:
     }
 
 
-def unmatched(items: Sequence[Unmatched]) -> pd.DataFrame:
-    """What is not compared, grouped by reason."""
+def reasons(items: Sequence[Unmatched | Skipped]) -> pd.DataFrame:
+    """What has no figure, grouped by reason; the most frequent first."""
     return pd.DataFrame(
         [
             {
-                "Tensors": len(names),
-                "Kind": kind,
-                "Model": model,
-                "Reason": reason,
-                "Names": ", ".join(names),
+                "Count": len(names),
+                "Kind": shorten_name(kind, 24),
+                "Model": model or "both",
+                "Reason": printable(reason, 120),
+                "Names": _listed(names),
             }
             for (kind, model, reason), names in group_unmatched(items).items()
         ]
+    ).head(MAX_ROWS)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(shorten_name(name, 60) for name in names[:MAX_NAMES])
+    more = len(names) - MAX_NAMES
+    return f"{shown}, … {more:,} more" if more > 0 else shown
+
+
+def nonfinite(items: Sequence[NonFinite]) -> pd.DataFrame:
+    """Tensors with NaN or infinity, where it begins first."""
+    return pd.DataFrame(
+        [
+            {
+                "": "● begins here" if each.origin else "passed on",
+                "Model": each.model,
+                "Node": shorten_name(each.node or each.tensor, 60),
+                "Op": shorten_name(each.op_type, 24),
+                "NaN": each.nan,
+                "Infinite": each.infinite,
+                "First sample": shorten_name(each.first_sample, 40),
+                "Tensor": shorten_name(each.tensor, 60),
+            }
+            for each in sorted(items, key=lambda each: not each.origin)[:MAX_ROWS]
+        ]
     )
+
+
+def batch(effect: BatchEffect) -> pd.DataFrame:
+    """Per output, samples alone against the same samples in one batch."""
+    return pd.DataFrame(
+        [
+            {
+                "Output": shorten_name(each.output, 60),
+                "Quantized moves by": format_number(each.quantized_max_abs_difference),
+                "Float moves by": format_number(each.float_max_abs_difference),
+                "SQNR of the batch": format_db(each.quantized_sqnr_db),
+                "Worst sample": shorten_name(each.worst_sample, 40),
+            }
+            for each in effect.outputs[:MAX_ROWS]
+        ]
+    )
+
+
+def deployed(comparison: Comparison) -> pd.DataFrame:
+    """Per output, what optimisations change."""
+    return pd.DataFrame(
+        [
+            {
+                "": "▲" if each.deployed_differs or each.deployed_flips else "✓",
+                "Output": shorten_name(each.name, 60),
+                "Simulated": format_db(each.sqnr_db),
+                "Deployed": format_db(each.deployed_sqnr_db),
+                "Apart by, steps": "–"
+                if each.deployed_max_steps is None
+                else format_number(each.deployed_max_steps),
+                "Largest moves on": f"{each.deployed_flips} of {comparison.samples}",
+                "Because of": shorten_name(each.deployed_cause or "–", 60),
+            }
+            for each in comparison.outputs[:MAX_ROWS]
+        ]
+    )
+
+
+def device(items: Sequence[DeviceError]) -> pd.DataFrame:
+    """Tensors of a device beside ours, the largest difference first."""
+    ordered = sorted(items, key=lambda each: _badness(each.total_sqnr_db))
+    return pd.DataFrame(
+        [
+            {
+                "Tensor": shorten_name(each.name, 60),
+                "Float → simulated": format_db(each.quantization_sqnr_db),
+                "Simulated → deployed": format_db(each.kernel_sqnr_db),
+                "→ device": format_db(each.device_sqnr_db),
+                "In all": format_db(each.total_sqnr_db),
+                "Most noise from": each.verdict,
+                "Samples": each.samples,
+                "In the dump": shorten_name(each.device_name, 40),
+            }
+            for each in ordered[:MAX_ROWS]
+        ]
+    )
+
+
+def _badness(sqnr_db: float) -> float:
+    return -math.inf if math.isnan(sqnr_db) else sqnr_db
 
 
 def outputs(comparison: Comparison) -> pd.DataFrame:
@@ -419,12 +547,13 @@ def outputs(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "Output": each.name,
+                "Output": shorten_name(each.name, 60),
                 "Simulated": format_db(each.sqnr_db),
                 "Deployed": format_db(each.deployed_sqnr_db),
                 "Worst channel": format_db(each.worst_channel_sqnr_db),
                 "Median channel": format_db(each.median_channel_sqnr_db),
-                "Worst sample": f"{format_db(each.worst_sample_sqnr_db)} ({each.worst_sample})",
+                "Worst sample": f"{format_db(each.worst_sample_sqnr_db)} "
+                f"({shorten_name(each.worst_sample, 40)})",
                 "Median sample": format_db(each.median_sample_sqnr_db),
                 "Cosine": f"{each.cosine_similarity:.5f}",
             }
@@ -444,7 +573,7 @@ def provenance(view: View) -> pd.DataFrame:
         [
             {
                 "": label,
-                "File": file.path,
+                "File": shorten_name(file.path, 90),
                 "Format": file.quant_format,
                 "Size": format_bytes(file.size_bytes),
                 "sha256": file.sha256,
@@ -454,7 +583,7 @@ def provenance(view: View) -> pd.DataFrame:
         + [
             {
                 "": "Feeds",
-                "File": view.pair.inputs.title or view.pair.inputs.path,
+                "File": shorten_name(view.pair.inputs.title or view.pair.inputs.path, 90),
                 "Format": feeds_text(comparison),
                 "Size": "",
                 "sha256": "",

@@ -62,6 +62,27 @@ def requantize(root: Path, **arguments: Any) -> str:
     return workbench.requantize(root, **arguments)
 
 
+def rematch(root: Path, **arguments: Any) -> str:
+    """The id of the run that was compared anew. Arguments as `workbench.rematch`."""
+    from inspector import workbench
+
+    return workbench.rematch(root, **arguments)
+
+
+def list_tensors(root: Path, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
+    """The tensors that can be matched by hand. Arguments as `workbench.list_tensors`."""
+    from inspector import workbench
+
+    return workbench.list_tensors(root, **arguments)
+
+
+def list_options(**arguments: Any) -> dict[str, Any]:
+    """What a pair's options can be. Arguments as `workbench.list_options`."""
+    from inspector import workbench
+
+    return workbench.list_options(**arguments)
+
+
 def inspect_tensor(root: Path, **arguments: Any) -> dict[str, Any]:
     """Histograms and maps of one tensor. Arguments as `workbench.inspect_tensor`."""
     from inspector import workbench

@@ -15,12 +15,14 @@ from inspector import figures
 from inspector.comparison import ActivationError, Comparison, OutputError, low_slices
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus
-from inspector.render import format_db, shorten_name
+from inspector.render import comparison_csv, format_db, shorten_name
 from inspector.store import RunRecord
 from inspector.web import session, style, tables
 from inspector.web.session import View
+from inspector.web.words import md_code, md_text
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&\"'])")
+# Sentences in a list.
+MOST_NOTES = 100
 _FORMATS = {
     "qdq": "QDQ",
     "qoperator": "QOperator",
@@ -36,25 +38,10 @@ _SEEN = {
 }
 
 
-# ── names in markdown ────────────────────────────────────────────────────────────────────────
-
-
-def md_text(text: str) -> str:
-    """The text as markdown that shows exactly it."""
-    return _MARKDOWN.sub(r"\\\1", text.replace("\n", " "))
-
-
-def md_code(name: str) -> str:
-    """The name as a code span that it cannot break out of, whatever it contains."""
-    name = name.replace("\n", " ")
-    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", name)), default=0))
-    padding = " " if name.startswith("`") or name.endswith("`") else ""
-    return f"{fence}{padding}{name}{padding}{fence}" if name else "–"
-
-
 def count(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it is not one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{ending}"
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +248,7 @@ def context_bar(view: View) -> None:
         horizontal=True, vertical_alignment="center", key="context", gap="medium", wrap=False
     ):
         st.markdown(f"**{md_text(shorten_name(view.pair.title, 36))}**", width="content")
-        st.badge(format_label(view.run.recipe), color="orange")
+        st.badge(md_text(format_label(view.run.recipe)), color="orange")
         st.badge(
             samples,
             color="violet" if view.comparison.random_feeds else "gray",
@@ -308,15 +295,20 @@ def tiles(entries: Sequence[tuple[str, str, str, str]]) -> None:
         st.columns(len(entries), gap="small"), entries, strict=True
     ):
         column.metric(
-            label,
-            value,
-            second or None,
+            md_text(label),
+            md_text(value),
+            md_text(second) or None,
             delta_color="off",
             delta_arrow="off",
-            help=meaning or None,
+            help=md_text(meaning) or None,
             border=True,
             height="stretch",
         )
+
+
+def as_markdown(frame: Any) -> Any:
+    """The frame for `st.table`, which takes its texts for markdown: shown as they are."""
+    return frame.map(lambda text: md_text(str(text)))
 
 
 def picture(
@@ -326,13 +318,23 @@ def picture(
     name: str,
     alt: str,
     clickable: bool = False,
+    whole: Callable[[], Any] | None = None,
 ) -> None:
-    """A figure with its data as CSV in its upper right corner; a click may select a tensor."""
+    """A figure with its data as CSV in its upper right corner; a click may select a tensor.
+
+    Args:
+        figure: what is shown.
+        key: of the element.
+        name: of the downloaded file.
+        alt: what the picture shows, for who cannot see it.
+        clickable: marks carry names of tensors.
+        whole: makes the figure with every point, for the download; `figure` has them all if None.
+    """
     with st.container(key=f"picture-{key}", gap=None):
         with st.container(key=f"csv-{key}"):
             st.download_button(
                 "CSV",
-                data=figures.figure_csv(figure),
+                data=lambda: figures.figure_csv(figure if whole is None else whole()),
                 file_name=f"{file_name(name)}.csv",
                 mime="text/csv",
                 key=f"download-{key}",
@@ -375,7 +377,8 @@ def _selected_point(key: str) -> str:
 
 def file_name(name: str) -> str:
     """A file name made of a tensor's or a pair's name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).name or name).strip("._") or "download"
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).name or name).strip("._")
+    return safe[-100:] or "download"
 
 
 _KEY_TABLE = """
@@ -482,6 +485,7 @@ def op_field(op_types: Sequence[str]) -> str | None:
         "Op type",
         op_types,
         index=None,
+        format_func=lambda op: shorten_name(op, 40),
         key="op",
         bind="query-params",
         placeholder="Any op type",
@@ -493,16 +497,19 @@ def op_field(op_types: Sequence[str]) -> str | None:
 def tensor_field(view: View, order: Sequence[str]) -> None:
     """The selected tensor, to be chosen from all, worst first."""
     key = f"tensor-choice-{zlib.crc32(f'{view.run.id}{view.tensor}'.encode()):x}"
+    some = list(order[: tables.MAX_ROWS])
+    if view.tensor not in some:
+        some.append(view.tensor)
     st.selectbox(
         "Tensor",
-        order,
-        index=list(order).index(view.tensor),
+        some,
+        index=some.index(view.tensor),
         key=key,
         format_func=lambda name: shorten_name(name, 64),
         on_change=_chosen,
         args=(key, view.tensor, session.select_tensor),
         label_visibility="collapsed",
-        width=480,
+        width=400,
     )
 
 
@@ -513,6 +520,7 @@ def tensor_table(
     if not len(frame):
         st.caption("No tensor passes the filters: clear the search or choose another kind.")
         return
+    limited(frame, view, key=key)
     names = list(frame["name"])
     # The rows under a key change with run and filters, so they are part of it: a selection is a
     # row number.
@@ -539,11 +547,32 @@ def tensor_table(
     )
 
 
+def limited(frame: Any, view: View, *, key: str) -> None:
+    """Says that a table shows the worst only, and offers all of it."""
+    total = frame.attrs.get("total", len(frame))
+    if total <= len(frame):
+        return
+    with st.container(horizontal=True, vertical_alignment="center", key=f"limited-{key}"):
+        st.caption(f"The worst {len(frame):,} of {total:,}: search for others.", width="content")
+        st.download_button(
+            "All as CSV",
+            data=lambda: comparison_csv(view.comparison),
+            file_name=f"{file_name(f'{view.pair.title}-run{view.run.number}')}.csv",
+            mime="text/csv",
+            key=f"all-{key}",
+            on_click="ignore",
+            type="tertiary",
+            icon=":material/download:",
+        )
+
+
 def notes(sentences: Sequence[str], word: str) -> None:
     """Sentences to read before trusting a figure, folded away where there are many."""
     if not sentences:
         return
-    lines = "\n".join(f"- {md_text(each)}" for each in sentences)
+    lines = "\n".join(f"- {md_text(each)}" for each in sentences[:MOST_NOTES])
+    if len(sentences) > MOST_NOTES:
+        lines += f"\n- and {len(sentences) - MOST_NOTES:,} more, in the report's files"
     if len(sentences) == 1 and word == "warning":
         st.warning(md_text(sentences[0]), icon=":material/warning:")
     else:
