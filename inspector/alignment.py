@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -108,6 +108,48 @@ def _has_bias(op: Op) -> bool:
     return len(op.inputs) > 2 and bool(op.inputs[2])
 
 
+class _Side:
+    """Nodes of one model, in order, with how many there are of each kind of traits."""
+
+    def __init__(self) -> None:
+        self.traits: dict[Op, int] = {}
+        self.alike: dict[int, dict[Op, None]] = {}
+
+    def add(self, op: Op, traits: int) -> None:
+        self.traits[op] = traits
+        self.alike.setdefault(traits, {})[op] = None
+
+    def remove(self, op: Op) -> None:
+        traits = self.traits.pop(op, None)
+        if traits is not None:
+            del self.alike[traits][op]
+            if not self.alike[traits]:
+                del self.alike[traits]
+
+
+class _Group:
+    """Nodes that compute the same from the same operands, as far as edges tell.
+
+    Attributes:
+        waiting: those of the float model that have no partner yet.
+        free: those of the quantized model that have none.
+        single: float nodes that no node of the quantized model stands for, found for good.
+        doubts: by float node and what was asked, the two nodes with equal claims: while both are
+            there, nothing is decided.
+    """
+
+    def __init__(self) -> None:
+        self.waiting, self.free = _Side(), _Side()
+        self.single: set[Op] = set()
+        self.doubts: dict[tuple[Op, str], tuple[Op, ...]] = {}
+
+    def doubted(self, op: Op, how: str) -> bool:
+        both = self.doubts.get((op, how))
+        return both is not None and all(
+            q in self.free.traits or q in self.waiting.traits for q in both
+        )
+
+
 class _Aligner(Likeness):
     def __init__(self, f: View, q: View, quantized: Collection[str]) -> None:
         super().__init__(f, q, quantized)
@@ -118,15 +160,18 @@ class _Aligner(Likeness):
         self.index: dict[tuple[Any, ...], list[Op]] = {}
         for op in q.ops:
             self.index.setdefault(op.key, []).append(op)
-        self.by_node = {op.node.name: op for op in q.ops}
         self.transposes = any(op.kind == "Transpose" for op in q.ops)
-        self.groups: dict[tuple[Any, ...], list[Op]] = {}  # float nodes that wait for a decision
+        self.groups: dict[tuple[Any, ...], _Group] = {}
+        self.open: dict[tuple[Any, ...], None] = {}  # groups in which float nodes wait
         self.tried: dict[tuple[Any, ...], str] = {}
-        self.group_of: dict[Op, tuple[Any, ...]] = {}
+        self.group_of: dict[Op, tuple[Any, ...]] = {}  # of float nodes
+        self.moved: dict[str, None] = {}  # matched float values that were only moved
+        self.movers = [op for op in f.ops if op.kind in MOVEMENT]
+        self.named: list[tuple[Op, Op]] | None = None  # pairs that names propose
         self.aliased: dict[Op, dict[Op, Permutation | None]] = {}
         # Operands of commutative nodes that edges could not tell apart, by each float operand.
         self.later: dict[Op, tuple[list[str], list[str]]] = {}
-        self.waits: dict[str, list[Op]] = {}
+        self.waits: dict[str, dict[Op, None]] = {}
         self.queue: deque[str] = deque()
         self.twins: dict[str, str] = {}  # by quantized value, the float value that came first
         self.fixed: set[str] = set()  # float values that the caller matched
@@ -226,8 +271,14 @@ class _Aligner(Likeness):
             if known is not None and known in self.values and not self.moved_only(root, known):
                 return
         self.twins.setdefault(twin.root, root)
+        self.know(root, twin)
+
+    def know(self, root: str, twin: Twin) -> None:
         self.values[root] = twin
         self.queue.append(root)
+        maker = self.f.maker.get(root)
+        if maker is not None and maker.kind in (*MOVEMENT, "Gather"):
+            self.moved[root] = None
 
     def consider(self, op: Op) -> None:
         """Pairs a float node whose data operands are all known, if one node is alone with it."""
@@ -244,10 +295,8 @@ class _Aligner(Likeness):
         if all(isinstance(t, str) or t.permutation is None for t in twins):
             key = key_of(op, [t if isinstance(t, str) else t.root for t in twins])
             if self.index.get(key):
-                self.groups.setdefault(key, []).append(op)
-                self.group_of[op] = key
                 self.tried.pop(key, None)
-                self.settle(key, "")
+                self.wait(op, key)
                 return
         if op.kind == "Transpose" and isinstance(twins[0], Twin):
             self.transpose(op, twins[0])
@@ -271,10 +320,8 @@ class _Aligner(Likeness):
             free = [q for q in self.index.get(key, ()) if q not in self.taken]
             if free:
                 # Values of another shape: nothing of the operands but their weights is the same.
-                self.groups.setdefault(key, []).append(op)
-                self.group_of[op] = key
                 self.reshaped.add(op)
-                self.settle(key, "")
+                self.wait(op, key)
                 return
 
     def transpose(self, op: Op, twin: Twin) -> None:
@@ -316,62 +363,113 @@ class _Aligner(Likeness):
                 self.pair(op, fits[0], None if carried is False else carried)
                 return
 
+    def wait(self, op: Op, key: tuple[Any, ...]) -> None:
+        """Puts a float node among those of the same class and operands, and settles what it can."""
+        group = self.groups.get(key)
+        if group is None:
+            self.groups[key] = group = _Group()
+            for q in self.index[key]:
+                if q not in self.taken:
+                    group.free.add(q, self.traits(q, self.q))
+        group.waiting.add(op, self.traits(op, self.f))
+        self.group_of[op] = key
+        self.open[key] = None
+        self.settle(key, "")
+
     def settle(self, key: tuple[Any, ...], how: str) -> bool:
         """Pairs the nodes of a group that have one partner each; True if any was paired."""
-        waiting = [op for op in self.groups.get(key, ()) if op not in self.pair_of]
-        if not waiting:
-            self.groups.pop(key, None)
-            return False
-        free = [q for q in self.index[key] if q not in self.taken]
-        if not free:
-            done = [self.repeated(op, self.index[key]) for op in waiting]
-            return any(done)
-        options = {op: [q for q in free if self.compatible(op, q)] for op in waiting}
-        wanted: dict[Op, int] = {}
-        for choices in options.values():
-            for q in choices:
-                wanted[q] = wanted.get(q, 0) + 1
-        paired = False
-        for op, choices in options.items():
-            chosen: Op | None = None
-            if len(choices) == 1 and wanted[choices[0]] == 1:
-                chosen = choices[0]
-            elif how and choices:
-                rivals = [o for o in options if o is not op and o not in self.pair_of]
-                chosen = self.choose(op, [q for q in choices if q not in self.taken], rivals, how)
-            if chosen is not None and chosen not in self.taken:
-                self.pair(op, chosen)
-                paired = True
-                if how:
-                    break  # let the edges say the rest
-        return paired
+        group, paired = self.groups[key], False
+        while group.waiting.traits:
+            if not group.free.traits:
+                return self.repeat(group, key) or paired
+            found = self.only(group)
+            if found is None:
+                break
+            self.join(*found)
+            paired = True
+        if not group.waiting.traits:
+            self.open.pop(key, None)
+            return paired
+        found = self.chosen(group, how) if how else None
+        if found is None:
+            return paired
+        self.pair(*found)  # one, and let the edges say the rest
+        return True
+
+    def only(self, group: _Group) -> tuple[Op, Op] | None:
+        """A node that fits one node alone, which fits no other."""
+        for mine, ops in group.waiting.alike.items():
+            if len(ops) > 1:
+                continue
+            fits = [its for its in group.free.alike if self.traits_agree(mine, its)]
+            if len(fits) != 1 or len(group.free.alike[fits[0]]) > 1:
+                continue
+            rivals = (other for other in group.waiting.alike if other != mine)
+            if not any(self.traits_agree(other, fits[0]) for other in rivals):
+                return next(iter(ops)), next(iter(group.free.alike[fits[0]]))
+        return None
+
+    def chosen(self, group: _Group, how: str) -> tuple[Op, Op] | None:
+        """The first node of a group that has a partner by name, content or order."""
+        for op, mine in group.waiting.traits.items():
+            if how == "content" and not self.f.constants.intersection(op.inputs):
+                continue
+            if group.doubted(op, how):
+                continue
+            if how == "name":
+                rows = [q for q in self.named_like(op, self.q) if q in group.free.traits]
+            else:
+                rows = list(group.free.traits)
+            choices = (q for q in rows if self.traits_agree(mine, group.free.traits[q]))
+            if how == "order":
+                chosen = next(choices, None)
+            else:
+                chosen = self.best(op, list(choices), group, how)
+            if chosen is not None:
+                return op, chosen
+        return None
+
+    def repeat(self, group: _Group, key: tuple[Any, ...]) -> bool:
+        done = False
+        for op in list(group.waiting.traits):
+            if op not in group.single:
+                if self.repeated(op, self.index[key]):
+                    done = True
+                else:
+                    group.single.add(op)
+        return done
 
     def decide(self, how: str) -> bool:
         """Settles one group whose nodes look alike, by names, content or file order."""
-        for key in list(self.groups):
+        for key in list(self.open):
             if self.tried.get(key) == how:
                 continue
             if self.settle(key, how):
                 return True
-            if key in self.groups:
+            if key in self.open:
                 self.tried[key] = how
         return False
 
-    def choose(self, op: Op, choices: list[Op], rivals: list[Op], how: str) -> Op | None:
-        if not choices:
-            return None
-        if how == "order":
-            return choices[0]
+    def best(self, op: Op, choices: list[Op], group: _Group, how: str) -> Op | None:
+        """The choice that names or content prefer, where no other node has as good a claim."""
         score = self.name_score if how == "name" else self.content_score
-        ranked = sorted(choices, key=lambda q: -score(op, q))
-        best = score(op, ranked[0])
+        ranked = sorted(((score(op, q), q) for q in choices), key=lambda pair: -pair[0])
+        if not ranked or ranked[0][0] < 0.5:
+            group.doubts[op, how] = ()  # for good: choices only become fewer
+            return None
+        best, chosen = ranked[0]
         # Of content, what is left unexplained counts: fine-tuned copies correlate at 0.99.
         below = best - 0.5 if how == "name" else min(best - 1e-6, 1 - 3 * (1 - best))
-        if best < 0.5 or (len(ranked) > 1 and score(op, ranked[1]) > below):
+        tied = [q for found, q in ranked if found > below]
+        if len(tied) > 1:
+            group.doubts[op, how] = tuple(tied[-2:])
             return None
-        if any(score(other, ranked[0]) > below for other in rivals):
-            return None
-        return ranked[0]
+        rivals = self.named_like(chosen, self.f) if how == "name" else group.waiting.traits
+        for other in rivals:
+            if other is not op and other in group.waiting.traits and score(other, chosen) > below:
+                group.doubts[op, how] = (chosen, other)
+                return None
+        return chosen
 
     def repeated(self, op: Op, twins: list[Op]) -> bool:
         """A float node that computes what another does, where the quantized model does it once."""
@@ -391,7 +489,7 @@ class _Aligner(Likeness):
             equal = all(a is not None and b is not None and np.array_equal(a, b) for a, b in values)
             shape = self.f.shape(op.inputs[0]) if op.inputs and op.inputs[0] else None
             if equal and settings_of(op, self.f, shape) == settings_of(other, self.f, shape):
-                self.pair_of[op] = q
+                self.done(op, q)
                 self.found.nodes[op.node.name] = q.node.name
                 self.found.ops.append((op, q))
                 for mine, its in zip(op.outputs, other.outputs, strict=False):
@@ -413,9 +511,29 @@ class _Aligner(Likeness):
 
     # -- pairing -------------------------------------------------------------------------------
 
-    def pair(self, op: Op, q: Op, order: Permutation | None = None) -> None:
+    def done(self, op: Op, q: Op) -> None:
+        """A float node needs no partner any more."""
         self.pair_of[op] = q
+        if op in self.group_of:
+            self.groups[self.group_of[op]].waiting.remove(op)
+
+    def take(self, q: Op, op: Op) -> None:
+        """A node of the quantized model is no partner for others any more."""
         self.taken[q] = op
+        group = self.groups.get(q.key)
+        if group is not None:
+            group.free.remove(q)
+
+    def pair(self, op: Op, q: Op, order: Permutation | None = None) -> None:
+        """Pairs two nodes, and those of the same group that this leaves with one partner each."""
+        self.join(op, q, order)
+        key = self.group_of.get(op)
+        if key in self.open:
+            self.settle(key, "")
+
+    def join(self, op: Op, q: Op, order: Permutation | None = None) -> None:
+        self.done(op, q)
+        self.take(q, op)
         self.found.nodes[op.node.name] = q.node.name
         self.found.ops.append((op, q))
         key = self.group_of.get(op)
@@ -429,8 +547,6 @@ class _Aligner(Likeness):
             if at == 0 and order is None:
                 mine, its = self.settle_folds(op, q, mine, its)
             self.match(mine, Twin(its, order))
-        if key is not None and key in self.groups:
-            self.settle(key, "")
 
     def unify_operands(self, op: Op, q: Op, order: Permutation | None) -> None:
         if order is not None:
@@ -465,17 +581,25 @@ class _Aligner(Likeness):
         if len(mine) == len(its) == 1:
             self.match(mine[0], Twin(its[0]))
             return
-        for a in list(mine):
-            fits = [b for b in its if self.makers_fit(a, b)]
-            if len(fits) == 1 and sum(self.makers_fit(other, fits[0]) for other in mine) == 1:
-                self.match(a, Twin(fits[0]))
+        alike: tuple[dict[Any, list[str]], ...] = ({}, {})
+        for a in mine:
+            alike[0].setdefault(self.made(a), []).append(a)
+        for b in its:
+            alike[1].setdefault(self.made_there(b), []).append(b)
+        for mark, rows in alike[0].items():
+            fits = [other for other in alike[1] if self.makings_agree(mark, other)]
+            if len(rows) > 1 or len(fits) != 1 or len(alike[1][fits[0]]) > 1:
+                continue
+            if sum(self.makings_agree(other, fits[0]) for other in alike[0]) == 1:
+                a, b = rows[0], alike[1][fits[0]][0]
+                self.match(a, Twin(b))
                 if a in self.values:
                     mine.remove(a)
-                    its.remove(fits[0])
+                    its.remove(b)
         if len(mine) > 1 and len(its) > 1:
             self.later[op] = (mine, its)
             for root in mine:
-                self.waits.setdefault(root, []).append(op)
+                self.waits.setdefault(root, {})[op] = None
 
     def retry_later(self, root: str) -> None:
         for op in self.waits.pop(root, ()):
@@ -503,7 +627,7 @@ class _Aligner(Likeness):
     def fold(self, root: str, into: Op) -> None:
         self.found.folded[root] = into.outputs[0]
         self.values.pop(root, None)
-        self.pair_of[into] = self.pair_of.get(into, into)
+        self.done(into, self.pair_of.get(into, into))
 
     def settle_folds(self, op: Op, q: Op, mine: str, its: str) -> tuple[str, str]:
         """Which value of the float model a new pair's result really is, and of the quantized one.
@@ -515,13 +639,13 @@ class _Aligner(Likeness):
             reader = self.q.sole_reader(its)
             if reader is not None and reader.kind == "Add" and "=" in reader.data:
                 self.found.biases[op.node.name] = reader
-                self.taken[reader] = op
+                self.take(reader, op)
                 its = reader.outputs[0]
         after, reader = self.f.sole_reader(mine), self.q.sole_reader(its)
         normal = reader is not None and reader.kind == "BatchNormalization" and op.kind in HEAVY
         if reader is not None and normal and (after is None or after.kind != reader.kind):
             self.found.apart[op.node.name] = reader
-            self.taken[reader] = op
+            self.take(reader, op)
             its = reader.outputs[0]
         while (reader := self.f.sole_reader(mine)) is not None and reader not in self.pair_of:
             if not self.folds_into(op, q, reader, its):
@@ -553,7 +677,7 @@ class _Aligner(Likeness):
                 free = self.pair_of.get(after, reader) is reader
                 if free and dims_agree(self.f.shape(after.outputs[0]), there):
                     self.fold(mine, after)
-                    self.taken[reader] = after
+                    self.take(reader, after)
                     return after.outputs[0], reader.outputs[0]
         return mine, its
 
@@ -656,27 +780,33 @@ class _Aligner(Likeness):
 
     def anchor_names(self) -> bool:
         """Pairs nodes out of reach whose names and classes agree and whose edges do not object."""
+        if self.named is None:
+            self.named = list(self.proposals())
+        self.named = [(op, q) for op, q in self.named if op not in self.pair_of]
         progress = False
-        for op in self.f.ops:
-            if op in self.pair_of or not op.outputs:
+        for op, q in self.named:
+            if op in self.pair_of or q in self.taken or op.outputs[0] in self.found.folded:
                 continue
-            q = self.by_node.get(op.node.name)
-            named = [self.q.by_name.get(n) for n in self.names_of(op.outputs[0])]
-            candidates = [q, *(self.q.maker.get(n) for n in named if n)]
-            for other in candidates:
-                if other is None or other in self.taken or other.kind != op.kind:
-                    continue
-                if other.hard != op.hard or self.pattern(op) != self.pattern(other):
-                    continue
-                if not self.compatible(op, other) or self.objected(op, other):
-                    continue
-                if self.name_score(op, other) < 1 or op.outputs[0] in self.found.folded:
-                    continue
-                self.pair(op, other)
+            if not self.objected(op, q):
+                self.pair(op, q)
                 self.spread()
                 progress = True
-                break
         return progress
+
+    def proposals(self) -> Iterator[tuple[Op, Op]]:
+        """Nodes of one class whose names agree and of which nothing that is known contradicts."""
+        for op in self.f.ops:
+            if not op.outputs:
+                continue
+            named = [self.q.by_name.get(n) for n in self.names_of(op.outputs[0])]
+            rows = [self.by_node.get(op.node.name), *(self.q.maker.get(n) for n in named if n)]
+            for q in dict.fromkeys(rows):
+                if q is None or q.kind != op.kind or q.hard != op.hard:
+                    continue
+                if self.pattern(op) != self.pattern(q) or not self.compatible(op, q):
+                    continue
+                if self.name_score(op, q) >= 1:
+                    yield op, q
 
     def objected(self, op: Op, q: Op) -> bool:
         """An operand's twin is known and is none of the other node's operands."""
@@ -695,9 +825,13 @@ class _Aligner(Likeness):
 
     def bridge_up(self) -> bool:
         """Matches what two regions of moved values come from, where they are built otherwise."""
-        for root, twin in list(self.values.items()):
-            op, q = self.f.maker.get(root), self.q.maker.get(twin.root)
-            if op is None or q is None or op in self.pair_of or q in self.taken:
+        for root in list(self.moved):
+            twin = self.values.get(root)
+            op, q = self.f.maker[root], self.q.maker.get(twin.root) if twin is not None else None
+            if twin is None or op in self.pair_of:
+                del self.moved[root]  # folded or paired, for good
+                continue
+            if q is None or q in self.taken:
                 continue
             a, b = origin(root, self.f), origin(twin.root, self.q)
             if a == root or a in self.values or a in self.found.folded or not self.makers_fit(a, b):
@@ -709,9 +843,8 @@ class _Aligner(Likeness):
         return False
 
     def bridge_down(self) -> bool:
-        for op in self.f.ops:
-            if op in self.pair_of or op.kind not in MOVEMENT:
-                continue
+        self.movers = [op for op in self.movers if op not in self.pair_of]
+        for op in self.movers:
             source = op.inputs[0] if op.inputs else ""
             if source not in self.values or len([d for d in op.data if d not in ("=", "")]) != 1:
                 continue
@@ -723,11 +856,9 @@ class _Aligner(Likeness):
             if op.outputs[0] in self.values or op.outputs[0] in self.found.folded:
                 continue
             if unchanged and op.kind != "Transpose":
-                self.pair_of[op] = op
+                self.done(op, op)
                 self.found.folded[op.outputs[0]] = source
                 self.found.same.add(op.outputs[0])
-                # Its readers read what it equals.
-                self.values[op.outputs[0]] = twin
-                self.queue.append(op.outputs[0])
+                self.know(op.outputs[0], twin)  # its readers read what it equals
                 return True
         return False

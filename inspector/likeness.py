@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from inspector.structure import (
     HEAVY,
     NEUTRAL,
     RECTIFIERS,
+    SETTINGS,
     CarriedOrder,
     Op,
     Permutation,
@@ -41,6 +42,11 @@ from inspector.structure import (
     weight_shapes_agree,
 )
 
+# Is it a float (None: unknown), and its shape.
+_Type = tuple[bool | None, tuple[int | str | None, ...] | None]
+# Nodes that read one constant, above which it is no name to tell them apart by.
+_MANY = 100
+
 
 class Likeness:
     """What speaks for and against two nodes or values being the same.
@@ -52,29 +58,69 @@ class Likeness:
 
     def __init__(self, f: View, q: View, quantized: Collection[str]) -> None:
         self.f, self.q, self.quantized = f, q, quantized
-        self.scores: dict[tuple[Op, Op], float] = {}
+        self.by_node = {op.node.name: op for op in q.ops}
+        self.scores: dict[tuple[str, str], float | None] = {}  # of constants
+        self._traits: dict[Op, int] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._examples: list[Op] = []  # by traits, the first node that has them
+        self._agree: dict[tuple[int, int], bool] = {}
+        self._made: dict[Op, frozenset[str | None]] = {}
+        self._links: dict[Op, list[Op]] = {}
+        self._reading: dict[View, dict[str, list[Op]]] = {}
 
     def alike(self, root: str, other: str) -> bool:
         """Type and shape do not contradict."""
-        a, b = self.f.model.info(root), self.q.model.info(self.q.tensor(other))
-        if b.dtype in ("int8", "uint8", "int16", "uint16", "int32") and other in self.quantized:
-            b_float = True
-        else:
-            b_float = b.dtype in FLOAT_DTYPES
-        if "unknown" not in (a.dtype, b.dtype) and (a.dtype in FLOAT_DTYPES) != b_float:
+        return self._types_agree(self._type(root), self._type_there(other))
+
+    def _type(self, root: str) -> _Type:
+        info = self.f.model.info(root)
+        return (None if info.dtype == "unknown" else info.dtype in FLOAT_DTYPES, info.shape)
+
+    def _type_there(self, root: str) -> _Type:
+        info = self.q.model.info(self.q.tensor(root))
+        stored = info.dtype in ("int8", "uint8", "int16", "uint16", "int32")
+        real = info.dtype in FLOAT_DTYPES or (stored and root in self.quantized)
+        return (None if info.dtype == "unknown" else real, info.shape)
+
+    @staticmethod
+    def _types_agree(mine: _Type, its: _Type) -> bool:
+        if None not in (mine[0], its[0]) and mine[0] != its[0]:
             return False
-        return dims_agree(a.shape, b.shape)
+        return dims_agree(mine[1], its[1])
 
     def makers_fit(self, root: str, other: str) -> bool:
-        if not self.alike(root, other):
-            return False
-        a, b = self.f.maker.get(root), self.q.maker.get(other)
-        while a is not None and (b is None or a.kind != b.kind):
-            # A node that may have been folded into the one before it.
-            if a.kind not in (*RECTIFIERS, "BatchNormalization", "Add", "Mul"):
-                return False
-            a = next((m for i in a.inputs if (m := self.f.maker.get(i)) is not None), None)
-        return (a is None) == (b is None)
+        """Two values may have been made by the same node, as far as its class and type tell."""
+        return self.makings_agree(self.made(root), self.made_there(other))
+
+    def made(self, root: str) -> tuple[_Type, frozenset[str | None]]:
+        """A float value's type, and the classes of the nodes that may really have made it.
+
+        A rectifier, normalization or bias may have been folded into the node before it; None is
+        for a value that no node makes.
+        """
+        path: list[Op | None] = [self.f.maker.get(root)]
+        while (op := path[-1]) is not None and op not in self._made:
+            if op.kind not in (*RECTIFIERS, "BatchNormalization", "Add", "Mul"):
+                break
+            path.append(next((m for i in op.inputs if (m := self.f.maker.get(i))), None))
+        found: frozenset[str | None] = frozenset()
+        for op in reversed(path):
+            if op is None:
+                found = frozenset({None})
+            else:
+                found = self._made.setdefault(op, found | {op.kind})
+        return self._type(root), found
+
+    def made_there(self, root: str) -> tuple[_Type, str | None]:
+        """The type of the quantized model's value, and the class of the node that makes it."""
+        maker = self.q.maker.get(root)
+        return self._type_there(root), None if maker is None else maker.kind
+
+    def makings_agree(
+        self, mine: tuple[_Type, frozenset[str | None]], its: tuple[_Type, str | None]
+    ) -> bool:
+        """What `made` and `made_there` tell of two values does not contradict."""
+        return its[1] in mine[1] and self._types_agree(mine[0], its[0])
 
     def pattern(self, op: Op) -> list[str]:
         """Which data operands are computed; a bias may be anywhere, so it does not count."""
@@ -93,11 +139,41 @@ class Likeness:
             )
         return settings_of(op, self.f, mine), settings_of(q, self.q, its)
 
+    def traits(self, op: Op, view: View) -> int:
+        """A number for all that `compatible` asks of a node; it is the same for look-alikes."""
+        found = self._traits.get(op)
+        if found is not None:
+            return found
+        shape = view.shape(op.inputs[0]) if op.inputs and op.inputs[0] else None
+        key: list[Any] = [view is self.q, op.kind, op.node.op_type, len(op.inputs), shape]
+        key += [view.shape(i) if i in view.constants else False for i in op.inputs[:2]]
+        if op.outputs:
+            chain = reshapes(op.outputs[0], view) if op.kind == "Reshape" else op.outputs[:1]
+            key += [len(chain), view.shape(chain[0]), view.shape(chain[-1])]
+        if settings_of(op, view, shape):
+            key += [repr(op.node.attributes.get(name)) for name in SETTINGS]
+            key += [view.integers(i) for i in op.inputs[1:5]]
+        found = self._traits[op] = self._numbers.setdefault(tuple(key), len(self._numbers))
+        if found == len(self._examples):
+            self._examples.append(op)
+        return found
+
+    def traits_agree(self, mine: int, its: int) -> bool:
+        """Nothing that is known of nodes with these traits contradicts."""
+        found = self._agree.get((mine, its))
+        if found is None:
+            found = not self._contradict(self._examples[mine], self._examples[its])
+            self._agree[mine, its] = found
+        return found
+
     def compatible(self, op: Op, q: Op) -> bool:
         """Nothing that is known of two nodes of one class contradicts."""
+        return self.traits_agree(self.traits(op, self.f), self.traits(q, self.q))
+
+    def _contradict(self, op: Op, q: Op) -> bool:
         for a, b in zip(*self.settings(op, q), strict=True):
             if a is not None and b is not None and a != b:
-                return False
+                return True
         for at, (mine, its) in enumerate(zip(op.inputs, q.inputs, strict=False)):
             if at > 1 or mine not in self.f.constants or its not in self.q.constants:
                 continue
@@ -106,15 +182,15 @@ class Likeness:
             ) or op.kind == "Where":
                 continue
             if not weight_shapes_agree(op, q, self.f.shape(mine), self.q.shape(its)):
-                return False
+                return True
         if op.kind in HEAVY or not op.outputs or not q.outputs:
-            return True
+            return False
         mine, its = op.outputs[0], q.outputs[0]
         if op.kind == "Reshape":
             a, b = reshapes(mine, self.f), reshapes(its, self.q)
             if len(a) != len(b):
                 mine, its = a[-1], b[-1]
-        return dims_agree(self.f.shape(mine), self.q.shape(its))
+        return not dims_agree(self.f.shape(mine), self.q.shape(its))
 
     def carried(self, op: Op, q: Op, order: Permutation | None) -> CarriedOrder:
         """The axis order of a node's result when its operands come in `order`; False: none fits."""
@@ -202,19 +278,54 @@ class Likeness:
                 score += mine in base_names(its)
         return score
 
+    def named_like(self, op: Op, view: View) -> list[Op]:
+        """The nodes of one graph that share a name with a node of the other.
+
+        A constant that very many nodes read tells no two of them apart, and is left out.
+        """
+        if not self._reading:
+            self._index_names()
+        found = dict.fromkeys(self._links.get(op, ()))
+        for name in op.inputs:
+            if view is self.q and name in self.f.constants:
+                bases: Iterable[str] = (name,)
+            elif view is self.f and name in self.q.constants:
+                bases = base_names(name)
+            else:
+                continue
+            for base in bases:
+                reading = self._reading[view].get(base, ())
+                if len(reading) <= _MANY:
+                    found.update(dict.fromkeys(reading))
+        return list(found)
+
+    def _index_names(self) -> None:
+        for view in (self.f, self.q):
+            reading = self._reading[view] = {}
+            for op in view.ops:
+                for name in op.inputs:
+                    if name in view.constants:
+                        for base in (name,) if view is self.f else base_names(name):
+                            reading.setdefault(base, []).append(op)
+        for op in self.f.ops:
+            names = [self.q.by_name.get(n) for o in op.outputs for n in self.names_of(o)]
+            rows = [self.by_node.get(op.node.name + suffix) for suffix in ("", "_quant")]
+            rows += [self.q.maker.get(name) for name in names if name]
+            for q in dict.fromkeys(rows):
+                if q is not None:
+                    self._links.setdefault(op, []).append(q)
+                    self._links.setdefault(q, []).append(op)
+
     def content_score(self, op: Op, q: Op) -> float:
         """The lowest correlation of two nodes' constants, 0 where they have none."""
-        known = self.scores.get((op, q))
-        if known is not None:
-            return known
         scores = []
         for mine, its in zip(op.inputs, q.inputs, strict=False):
             if mine in self.f.constants and its in self.q.constants:
-                a, b = constant_value(self.f.model, mine), constant_value(self.q.model, its)
-                if a is not None and b is not None:
-                    scores.append(_alikeness(a, b))
-        self.scores[op, q] = found = min(scores, default=0.0)
-        return found
+                if (mine, its) not in self.scores:
+                    a, b = constant_value(self.f.model, mine), constant_value(self.q.model, its)
+                    self.scores[mine, its] = None if a is None or b is None else _alikeness(a, b)
+                scores.append(self.scores[mine, its])
+        return min((s for s in scores if s is not None), default=0.0)
 
 
 def _alikeness(a: NDArray[Any], b: NDArray[Any]) -> float:

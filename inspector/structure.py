@@ -376,6 +376,10 @@ def slices_of(op: Op, view: View, shape: tuple[Any, ...] | None) -> tuple[Any, .
     return tuple(sorted(found))
 
 
+# The attributes that `settings_of` reads.
+SETTINGS = ("axes", "axis", "keepdims", "split", "starts", "ends")
+
+
 def settings_of(op: Op, view: View, shape: tuple[Any, ...] | None) -> tuple[Any, ...]:
     """What else decides a node's result, each None where it is not known before it runs.
 

@@ -637,6 +637,30 @@ def test_twenty_thousand_nodes_are_matched_in_seconds() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["Relu", "MatMul", "Pow"])
+def test_look_alikes_that_one_node_joins_in_any_order_are_matched_in_seconds(kind: str) -> None:
+    count, constants = 150, []
+    if kind == "MatMul":
+        constants = [array(f"w{at}", floats((4, 4), at)) for at in range(count)]
+    elif kind == "Pow":
+        constants = [array("w0", np.float32(2))]
+    ends = [f"r{at}" for at in range(count)]
+    nodes = [
+        node(kind, "x" if kind == "Relu" else f"x w{at % len(constants)}", end)
+        for at, end in enumerate(ends)
+    ]
+    proto = model(
+        [*nodes, node("Max", " ".join(ends), "y")], [("x", [4, 4])], [("y", [4, 4])], constants
+    )
+    begin = time.perf_counter()
+    matching, back, *_ = matched(proto, proto)
+    assert time.perf_counter() - begin < 30
+    found = {p.name: back[p.after] for p in matching.activations}
+    assert sorted(found.values()) == sorted(["x", *ends, "y"])
+    if kind == "MatMul":
+        assert all(name == other for name, other in found.items())  # their weights tell
+
+
 def test_a_loaded_file_gives_the_same_as_one_in_memory(tmp_path: Path) -> None:
     proto = conv_relu_gemm()
     twin = quantized_by_ort(proto, tmp_path)
