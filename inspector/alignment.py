@@ -64,7 +64,8 @@ class Alignment:
         folded: by root of a float value that the quantized model does not have, the root of the
             value that it became a part of.
         same: those of `folded` that hold the same numbers as what they became a part of.
-        rectifiers: by root of a float value, its Relu or Clip that was folded into Q.
+        rectifiers: by root of a float value, the Relu or Clip, or several in a row, that were
+            folded into Q, in order.
         folds: by name of a float node, the nodes whose constants went into its own.
         biases: by name of a float node, the quantized model's Add that holds its bias.
         apart: by name of a float node with a folded normalization, the quantized model's
@@ -79,7 +80,7 @@ class Alignment:
     values: dict[str, Twin] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     same: set[str] = field(default_factory=set)
-    rectifiers: dict[str, Op] = field(default_factory=dict)
+    rectifiers: dict[str, list[Op]] = field(default_factory=dict)
     folds: dict[str, list[Op]] = field(default_factory=dict)
     untrusted: list[int] = field(default_factory=list)
     biases: dict[str, Op] = field(default_factory=dict)
@@ -175,6 +176,9 @@ class _Aligner(Likeness):
         self.queue: deque[str] = deque()
         self.twins: dict[str, str] = {}  # by quantized value, the float value that came first
         self.fixed: set[str] = set()  # float values that the caller matched
+        self.copies: dict[
+            str, list[Op]
+        ] = {}  # by float value, folded rectifiers that repeat its own
         self.reshaped: set[Op] = set()  # float nodes whose twin reads a reshaped operand
 
     def run(self, anchors: Mapping[str, Twin], ends: Mapping[str, str]) -> Alignment:
@@ -506,7 +510,7 @@ class _Aligner(Likeness):
         reader = self.f.sole_reader(root)
         if reader is not None and reader.kind in RECTIFIERS and target in self.found.rectifiers:
             self.fold(root, reader)
-            self.found.rectifiers[reader.outputs[0]] = reader
+            self.found.rectifiers[reader.outputs[0]] = [reader]
             self.match(reader.outputs[0], self.values[target], again=True)
 
     # -- pairing -------------------------------------------------------------------------------
@@ -547,6 +551,8 @@ class _Aligner(Likeness):
             if at == 0 and order is None:
                 mine, its = self.settle_folds(op, q, mine, its)
             self.match(mine, Twin(its, order))
+            for copy in self.copies.pop(mine, ()):
+                self.same_as(copy, mine, Twin(its, order))
 
     def unify_operands(self, op: Op, q: Op, order: Permutation | None) -> None:
         if order is not None:
@@ -629,6 +635,13 @@ class _Aligner(Likeness):
         self.values.pop(root, None)
         self.done(into, self.pair_of.get(into, into))
 
+    def same_as(self, op: Op, root: str, twin: Twin) -> None:
+        """A float node without a twin whose result equals a matched value: readers read that."""
+        self.done(op, op)
+        self.found.folded[op.outputs[0]] = root
+        self.found.same.add(op.outputs[0])
+        self.know(op.outputs[0], twin)
+
     def settle_folds(self, op: Op, q: Op, mine: str, its: str) -> tuple[str, str]:
         """Which value of the float model a new pair's result really is, and of the quantized one.
 
@@ -647,15 +660,22 @@ class _Aligner(Likeness):
             self.found.apart[op.node.name] = reader
             self.take(reader, op)
             its = reader.outputs[0]
-        while (reader := self.f.sole_reader(mine)) is not None and reader not in self.pair_of:
+        rectifiers: list[Op] = []
+        while (reader := self.following(mine)) is not None and reader not in self.pair_of:
+            if rectifiers and reader.kind not in RECTIFIERS:
+                break
             if not self.folds_into(op, q, reader, its):
                 break
+            copies = [r for r in self.f.readers[mine] if r is not reader]
             self.fold(mine, reader)
             mine = reader.outputs[0]
             if reader.kind in RECTIFIERS:
+                rectifiers.append(reader)
+                if copies:
+                    self.copies[mine] = copies
                 if not q.activation:
-                    self.found.rectifiers[mine] = reader
-                break
+                    self.found.rectifiers[mine] = rectifiers
+                continue
             self.found.folds.setdefault(op.node.name, []).append(reader)
         if op.kind == "Reshape":
             a, b = reshapes(mine, self.f), reshapes(its, self.q)
@@ -681,10 +701,23 @@ class _Aligner(Likeness):
                     return after.outputs[0], reader.outputs[0]
         return mine, its
 
+    def following(self, root: str) -> Op | None:
+        """The only node that reads a value, or the first of rectifiers that are the same."""
+        sole = self.f.sole_reader(root)
+        if sole is not None or root in self.f.outputs:
+            return sole
+        readers = self.f.readers.get(root, [])
+        same = {(r.kind, r.inputs, r.hard) for r in readers}
+        return readers[0] if len(same) == 1 and readers[0].kind in RECTIFIERS else None
+
     def folds_into(self, op: Op, q: Op, reader: Op, its: str) -> bool:
         """`reader`, which follows float node `op`, has no node of its own after `q`."""
         like = [r for r in self.q.readers.get(its, ()) if r.kind == reader.kind]
         if reader.kind in RECTIFIERS:
+            # Of several in a row, the first ones are folded and the last ones are left.
+            mine, left = self.rectified(self.f, reader.inputs[0]), self.rectified(self.q, its)
+            if len(mine) > len(left) and mine[len(mine) - len(left) :] == left:
+                like = []
             return not like and (bool(q.activation) or its in self.quantized)
         if op.kind not in HEAVY:
             return False
@@ -703,6 +736,18 @@ class _Aligner(Likeness):
         if late_bias and op.node.name not in self.found.folds:
             return True
         return not any("=" in r.data for r in like)
+
+    @staticmethod
+    def rectified(view: View, root: str) -> list[str]:
+        """The classes of the rectifiers in a row, eight at most, that a value goes through."""
+        found: list[str] = []
+        while len(found) < 8:
+            readers = [r for r in view.readers.get(root, ()) if r.kind in RECTIFIERS]
+            if not readers:
+                break
+            found.append(readers[0].kind)
+            root = readers[0].outputs[0]
+        return found
 
     @staticmethod
     def linear(op: Op) -> bool:
@@ -747,11 +792,11 @@ class _Aligner(Likeness):
             if self.pattern(op) == self.pattern(q) and self.compatible(op, q):
                 self.pair(op, q)
             return
-        chain = []
+        chain: list[tuple[str, Op]] = []
         at, source = op, root
         while at.kind != q.kind:
             foldable = self.linear(at)
-            if at.kind in RECTIFIERS and at is op:
+            if at.kind in RECTIFIERS and all(into.kind in RECTIFIERS for _, into in chain):
                 foldable = twin.root in self.quantized or bool(q.activation)
             elif q.kind not in HEAVY:
                 foldable = False
@@ -767,12 +812,12 @@ class _Aligner(Likeness):
             at = before
         if at.hard != q.hard or not self.compatible(at, q):
             return
+        rectifiers = [into for _, into in reversed(chain) if into.kind in RECTIFIERS]
+        if rectifiers and not q.activation:
+            self.found.rectifiers[root] = rectifiers
         for folded, into in chain:
             self.fold(folded, into)
-            if into.kind in RECTIFIERS:
-                if not q.activation:
-                    self.found.rectifiers[into.outputs[0]] = into
-            else:
+            if into.kind not in RECTIFIERS:
                 self.found.folds.setdefault(at.node.name, []).insert(0, into)
         self.pair(at, q)
 
@@ -856,9 +901,6 @@ class _Aligner(Likeness):
             if op.outputs[0] in self.values or op.outputs[0] in self.found.folded:
                 continue
             if unchanged and op.kind != "Transpose":
-                self.done(op, op)
-                self.found.folded[op.outputs[0]] = source
-                self.found.same.add(op.outputs[0])
-                self.know(op.outputs[0], twin)  # its readers read what it equals
+                self.same_as(op, source, twin)
                 return True
         return False

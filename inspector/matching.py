@@ -80,7 +80,8 @@ class ActivationPair:
         after: the quantized model's tensor that consumers read (integers where `integers`).
         integers: `after` holds integers, to be dequantized with `qparams`.
         qparams: None where it was left in float.
-        rectifier: the float model's Relu or Clip that was folded into Q; `before` lacks it.
+        rectifiers: the float model's Relu or Clip, or several in a row, that were folded into Q;
+            `before` lacks them.
         matched_by: "name", "structure", "content" or "pin".
         note: what has to be known, "" for nothing.
         permutation: axes to apply to the quantized model's arrays to get the float layout; None
@@ -95,7 +96,7 @@ class ActivationPair:
     after: str
     integers: bool
     qparams: QParams | None
-    rectifier: Node | None
+    rectifiers: tuple[Node, ...]
     matched_by: str
     note: str
     permutation: Permutation | None = None
@@ -152,14 +153,14 @@ class Matching:
     unpaired: tuple[str, ...]
 
 
-def rectify(values: NDArray[Any], rectifier: Node | None, model: Model) -> NDArray[Any]:
-    """`values` after the float model's Relu or Clip; unchanged without one."""
-    if rectifier is None:
-        return values
-    if rectifier.op_type == "Relu":
-        return np.asarray(np.maximum(values, 0))
-    low, high = clip_limits(rectifier, model)
-    return np.asarray(np.clip(values, low, high))
+def rectify(values: NDArray[Any], rectifiers: Sequence[Node], model: Model) -> NDArray[Any]:
+    """`values` after the float model's Relu or Clip, one after the other; unchanged without."""
+    for rectifier in rectifiers:
+        if rectifier.op_type == "Relu":
+            values = np.asarray(np.maximum(values, 0))
+        else:
+            values = np.asarray(np.clip(values, *clip_limits(rectifier, model)))
+    return values
 
 
 def clip_limits(clip: Node, model: Model) -> tuple[float, float]:
@@ -346,7 +347,7 @@ class _Matcher:
                 for n in ("set by hand", pair.note if same else tensor.note if tensor else "")
                 if n
             ),
-            rectifier=pair.rectifier if same else None,
+            rectifiers=pair.rectifiers if same else (),
         )
 
     def compared(self, root: str, members: list[str], other: str) -> dict[str, str]:
@@ -461,11 +462,18 @@ class _Matcher:
         if tensor is None:
             tensor = next(iter(read), None)
         known = self.alignment.rectifiers.get(root)
-        rectifier = known.node if known is not None else self.folded_rectifier(root, twin.root)
+        rectifiers = (
+            tuple(op.node for op in known)
+            if known is not None
+            else self.folded_rectifier(root, twin.root)
+        )
         named = self.by_name(name, twin.root)
         notes = []
-        if rectifier is not None:
-            notes.append(f"{rectifier.op_type} is folded into Q")
+        if rectifiers:
+            kinds = list(dict.fromkeys(rectifier.op_type for rectifier in rectifiers))
+            notes.append(
+                f"{' and '.join(kinds)} {'is' if len(kinds) == 1 else 'are'} folded into Q"
+            )
         stages = self.stages(tensor, plain if len(marks) > 1 else "") if tensor is not None else []
         notes += dict.fromkeys(stage.note for stage in stages if stage.note)
         if len(stages) > 1:
@@ -482,7 +490,7 @@ class _Matcher:
             and not _same_qparams(other.qparams, tensor.qparams)
         ]
         before = stages[0].before if stages else None
-        if before is not None and rectifier is None:
+        if before is not None and not rectifiers:
             direct = self.in_float(before, twin.root, plain if len(marks) > 1 else "")
             if direct:
                 notes.append(f"{', '.join(direct[:4])} reads it in float")
@@ -498,22 +506,22 @@ class _Matcher:
             after=tensor.name if tensor is not None else plain,
             integers=tensor is not None and tensor.after is None,
             qparams=tensor.qparams if tensor is not None else None,
-            rectifier=rectifier,
+            rectifiers=rectifiers,
             matched_by="name" if named else "structure",
             note="; ".join(notes),
             permutation=twin.permutation,
             stages=both if len(both) > 1 or any(a is not b for a, b in both) else (),
         )
 
-    def folded_rectifier(self, root: str, other: str) -> Node | None:
+    def folded_rectifier(self, root: str, other: str) -> tuple[Node, ...]:
         """The float model's Relu or Clip that the quantized model leaves to Q, moved or not."""
         mine = self.fv.maker.get(origin(root, self.fv))
         its = self.qv.maker.get(origin(other, self.qv))
         if mine is None or mine.kind not in RECTIFIERS or other not in self.quantized:
-            return None
+            return ()
         if its is not None and (its.kind in (*RECTIFIERS, "Max", "Min") or its.activation):
-            return None
-        return mine.node
+            return ()
+        return (mine.node,)
 
     def fuse(self, name: str, into: str, reason: str, kind: str = "activation") -> None:
         self.fused[name] = Unmatched(
@@ -647,9 +655,9 @@ class _Matcher:
             for node in readers:
                 for output in node.outputs:
                     root = self.fv.root.get(output, "")
-                    rectifier = self.alignment.rectifiers.get(root)
+                    rectifiers = self.alignment.rectifiers.get(root, ())
                     folded = self.fused.get(output)
-                    if rectifier is not None and rectifier.node is node and output in self.pairs:
+                    if any(r.node is node for r in rectifiers) and output in self.pairs:
                         into, what = output, f"limit of {node.op_type} {node.name}, folded into Q"
                     elif folded is not None and folded.fused_into:
                         into, what = folded.fused_into, f"fused into {folded.fused_into}"

@@ -177,7 +177,7 @@ class TensorWatch:
         totals = ErrorTotals.of(reference, after, None if self.ragged else axis)
         lost = 0
         if before is not None and self.qparams is not None:
-            real = rectify(before, self.pair.rectifier, self.model)
+            real = rectify(before, self.pair.rectifiers, self.model)
             local = powers(real, after)
             if not math.isfinite(local[0]):
                 # NaN becomes some integer in Q: nothing behind it shows it any more.

@@ -810,7 +810,7 @@ def _activation_detail(
             after = real_values(pair, actual[pair.after])
             before = actual.get(pair.before) if pair.before else None
             if before is not None:
-                before = rectify(in_float_layout(pair, before), pair.rectifier, float_model)
+                before = rectify(in_float_layout(pair, before), pair.rectifiers, float_model)
             _check_shapes(pair.name, pair.after, reference[pair.name], after)
             if padding is None:
                 yield reference[pair.name], after, before

@@ -67,8 +67,8 @@ def test_a_folded_relu_is_paired_behind_the_rectifier(tmp_path: Path) -> None:
     float_model, quantized = pair(conv_relu_gemm(), tmp_path)
     matching = match_tensors(float_model, quantized)
     found = {p.name: p for p in matching.activations}
-    assert found["r"].rectifier is not None
-    assert found["r"].rectifier.op_type == "Relu"
+    assert len(found["r"].rectifiers) == 1
+    assert found["r"].rectifiers[0].op_type == "Relu"
     assert found["r"].note == "Relu is folded into Q"
     assert "c" not in found
     lone = {u.name: u.reason for u in matching.unmatched}
@@ -93,7 +93,7 @@ def test_a_relu_that_stays_in_the_graph_is_not_taken_for_folded(tmp_path: Path) 
         )
     )
     found = {p.name: p for p in match_tensors(float_model, quantized).activations}
-    assert found["r"].rectifier is None
+    assert not found["r"].rectifiers
     assert found["r"].before == "r"
     assert "n" in found
 
@@ -181,11 +181,11 @@ def test_a_clip_rectifies_to_its_limits_in_both_spellings() -> None:
               [("y", [3])], [array("lo", np.float32(0)), array("hi", np.float32(6))])
     )  # fmt: skip
     x = np.array([-1.0, 3.0, 9.0])
-    np.testing.assert_array_equal(rectify(x, new.nodes[0], new), [0, 3, 6])
+    np.testing.assert_array_equal(rectify(x, [new.nodes[0]], new), [0, 3, 6])
     old = Node(index=0, name="c", op_type="Clip", domain="", inputs=("x",), outputs=("y",),
                attributes={"max": 6.0})  # fmt: skip
-    np.testing.assert_array_equal(rectify(x, old, new), [-1, 3, 6])
-    assert rectify(x, None, new) is x
+    np.testing.assert_array_equal(rectify(x, [old], new), [-1, 3, 6])
+    assert rectify(x, (), new) is x
 
 
 def test_a_constant_behind_dequantize_counts_as_a_weight_of_the_float_model() -> None:
@@ -240,7 +240,7 @@ def _is_constant(loaded: Model, tensor: str) -> bool:
 
 
 def test_a_value_that_is_not_a_number_does_not_pass_for_a_limit() -> None:
-    assert math.isinf(rectify(np.array([math.inf]), None, Model(conv_relu_gemm()))[0])
+    assert math.isinf(rectify(np.array([math.inf]), (), Model(conv_relu_gemm()))[0])
 
 
 # -- matches set by hand -----------------------------------------------------------------------

@@ -120,7 +120,7 @@ def told(
 
     return {
         "activations": {
-            f(p.name): (q(p.before), q(p.after), p.integers, p.rectifier and node(p.rectifier.name),
+            f(p.name): (q(p.before), q(p.after), p.integers, [node(r.name) for r in p.rectifiers],
                         p.permutation)
             for p in matching.activations
         },
