@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from inspector.arrays import listed
 from inspector.batches import BatchSide, batch_warnings, measure_batch
 from inspector.comparison import (
     ActivationError,
@@ -771,8 +772,8 @@ class _Pass:
             return {}
         sentence = cause.sentence
         if cause.transformers:
-            listed = ", ".join(f'"{t}"' for t in cause.transformers[:4])
-            sentence += f": disabled_optimizers=[{listed}] of an InferenceSession avoids it"
+            named = ", ".join(f'"{t}"' for t in cause.transformers[:4])
+            sentence += f": disabled_optimizers=[{named}] of an InferenceSession avoids it"
         return dict.fromkeys(names, (cause.name, sentence))
 
     def batch(
@@ -878,6 +879,7 @@ def compare_models(
     )  # fmt: skip
     progress(0.06, "comparing weights")
     weights, lost_weights = compare_weights(matching, quantized_model)
+    _check_pinned(pins, lost_weights)
     run.learn(feeds)
     warnings = [*float_model.notes, *matching.notes, *feeds.notes]
     warnings += [c.note for c in matching.conversions.values() if c.note]
@@ -932,6 +934,8 @@ def compare_models(
             "like the state of an input; each sample takes it from its feed, so errors do not "
             "build up over time unless it is named as a state"
         )
+    _check_pinned(pins, (r for r in results if isinstance(r, Unmatched)))
+    warnings += _shared_pins(pins, (*activations, *weights))
     figures = {a.name: a.accumulated_sqnr_db for a in activations}
     weights = _explained(weights, matching, float_model, quantized_model, figures)
     compared = {a.name for a in activations} | {w.name for w in weights}
@@ -978,6 +982,36 @@ def compare_models(
         device=device,
         pins=tuple(pins),
     )  # fmt: skip
+
+
+def _check_pinned(pins: Iterable[Pin], lost: Iterable[Unmatched]) -> None:
+    """A match set by hand that gives no figure is a mistake to be told, not a tensor to be lost."""
+    partners = {p.float_name: p.quantized_name for p in pins if p.quantized_name is not None}
+    for record in lost:
+        if record.model == "float" and record.name in partners:
+            raise ModelError(
+                f"{record.name} cannot be compared with {partners[record.name]}: {record.reason}",
+                hint="Pin it to a tensor of the same shape, or leave the match to the rules.",
+            )
+
+
+def _shared_pins(
+    pins: Iterable[Pin], records: Sequence[ActivationError | WeightError]
+) -> Iterable[str]:
+    """Tells where a match set by hand takes a partner that another tensor has as well."""
+    by_name = {r.name: r for r in records}
+    for pin in pins:
+        mine = by_name.get(pin.float_name)
+        if mine is None or pin.quantized_name is None:
+            continue
+        others = [
+            r.name for r in records if r.quantized_name == mine.quantized_name and r is not mine
+        ]
+        if others:
+            yield (
+                f"{mine.quantized_name} is pinned to {mine.name} and is compared with "
+                f"{listed(others)} as well: one of the matches is likely wrong"
+            )
 
 
 def _unjudged(outputs: Mapping[str, str]) -> Iterable[Skipped]:

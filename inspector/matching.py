@@ -293,6 +293,15 @@ class _Matcher:
                     f"{self.q.name}: they cannot be a pair",
                     hint="Pin a computed tensor to a computed one, or a constant to a constant.",
                 )
+            end = self.outputs.get(name, "")
+            if other is None or not end:
+                continue
+            if self.qv.root.get(end, end) != self.qv.root.get(other, other):
+                raise ModelError(
+                    f"{name} is an output of {self.f.name}: it is compared with output {end} of "
+                    f"{self.q.name}, not with {other}",
+                    hint="Pin the tensor before it: outputs go together by name or position.",
+                )
 
     def refused(self, name: str) -> bool:
         return name in self.pins and self.pins[name] is None

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from inspector.compare import compare_models
 from inspector.comparison import Comparison, Pin
 from inspector.devices import load_dump
-from inspector.errors import FeedError, RunError
+from inspector.errors import FeedError, ModelError, RunError
 from inspector.feeds import load_feeds
 from inspector.model import Model
 from inspector.model_files import load_model
@@ -901,7 +901,7 @@ def test_counts_add_up_and_pins_are_recorded(tmp_path: Path) -> None:
     assert [u.name for u in result.unmatched if u.model == "float"] == ["y"]
 
 
-def test_a_pair_whose_shapes_differ_is_unmatched_with_its_reason(tmp_path: Path) -> None:
+def test_a_pin_to_a_tensor_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     float_proto = conv_relu_gemm()
     other = conv_relu_gemm()
     for node in other.graph.node:
@@ -914,13 +914,29 @@ def test_a_pair_whose_shapes_differ_is_unmatched_with_its_reason(tmp_path: Path)
             node.input[0] = "f2"
     other.graph.node.insert(4, helper.make_node("Flatten", ["f"], ["f2"], "again"))
     pins = [Pin(float_name="f", quantized_name="f")]
-    result = compared(tmp_path, float_proto, other, [{"x": floats((1, 3, 8, 8))}], pins=pins)
-    reasons = {u.name: u.reason for u in result.unmatched}
-    assert reasons["f"] == "shapes differ: float (1, 8), quantized (1, 8, 1)"
-    counts = result.counts
-    assert counts is not None
-    assert counts.unmatched == 1
-    assert counts.matched + counts.fused + counts.unmatched == counts.float_tensors
+    with pytest.raises(ModelError) as caught:
+        compared(tmp_path, float_proto, other, [{"x": floats((1, 3, 8, 8))}], pins=pins)
+    reason = "shapes differ: float (1, 8), quantized (1, 8, 1)"
+    assert caught.value.message == f"f cannot be compared with f: {reason}"
+
+
+def test_a_pin_to_a_weight_that_another_one_has_as_well_is_told(tmp_path: Path) -> None:
+    weights = [array(f"w{at}", floats((4, 4), at)) for at in (1, 2)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"], "one"),
+        helper.make_node("MatMul", ["h", "w2"], ["y"], "two"),
+    ]
+    proto = model(nodes, [("x", [2, 4])], [("y", [2, 4])], weights)
+    twin = onnx.ModelProto.FromString(proto.SerializeToString())
+    twin.producer_name = "another"  # the same file twice is refused
+    pins = [Pin(float_name="w1", quantized_name="w2")]
+    result = compared(tmp_path, proto, twin, [{"x": floats((2, 4))}], pins=pins)
+    told = "w2 is pinned to w1 and is compared with w2 as well: one of the matches is likely wrong"
+    assert told in result.warnings
+    mine, its = (floats((4, 4), at).astype(np.float64) for at in (1, 2))
+    truth = 10 * math.log10(float((mine**2).sum() / ((mine - its) ** 2).sum()))
+    found = {w.name: w.sqnr_db for w in result.weights}
+    assert found == {"w1": pytest.approx(truth), "w2": math.inf}
 
 
 PAIRS = [

@@ -307,6 +307,7 @@ def test_a_refused_tensor_is_not_compared_and_nothing_is_a_part_of_it(tmp_path: 
         ("rr", "r", "model has no tensor 'rr'; the nearest names are 'r'"),
         ("r", "prr", "model has no tensor 'prr'; the nearest names are "),
         ("r", "w", "r is computed in model, w is constant in model: they cannot be a pair"),
+        ("y", "f", "y is an output of model: it is compared with output y of model, not with f"),
     ],
 )
 def test_a_pin_that_cannot_be_is_refused_with_the_nearest_names(
