@@ -112,7 +112,7 @@ class TensorWatch:
         self.ragged = False
         self.broken = ""
         self.unknown = False
-        self.nonfinite_before = 0
+        self.nonfinite_before = self.nan_before = 0
         self._channels = 0
 
     def add(
@@ -180,16 +180,19 @@ class TensorWatch:
             real = rectify(before, self.pair.rectifiers, self.model)
             local = powers(real, after)
             if not math.isfinite(local[0]):
-                # NaN becomes some integer in Q: nothing behind it shows it any more.
+                # NaN becomes some integer in Q: nothing behind it shows it any more. Infinity
+                # becomes the end of the range, which is as true as any clipped value.
                 lost = _nonfinite(before)
-                if lost and not totals.nonfinite_actual:
+                nans = int(np.count_nonzero(np.isnan(before)))
+                if nans and not totals.nonfinite_actual:
                     totals = totals.unknown()
                     self.unknown = True
+                self.nan_before += nans
+                self.nonfinite_before += lost
             self.local += local
             if not self._within(real):
                 self.saturated += self._clipped(real)
             self.count += int(real.size)
-            self.nonfinite_before += lost
         self.accumulated = totals if self.accumulated is None else self.accumulated.merge(totals)
         return totals.nonfinite_reference > 0, totals.nonfinite_actual > 0 or lost > 0
 
@@ -292,7 +295,7 @@ class TensorWatch:
         share: tuple[float, float] | None = None
         if self.count:
             share = (float(self.saturated[0] / self.count), float(self.saturated[1] / self.count))
-            if self.nonfinite_before:
+            if self.nan_before:
                 share = (math.nan, math.nan)
         representable = self._representable()
         return ActivationError(

@@ -279,6 +279,42 @@ def test_several_folded_rectifiers_are_compared_behind_the_last(
     )
 
 
+# -- infinity that Q takes for the end of its range ---------------------------------------------
+
+
+def test_infinity_before_a_q_is_counted_and_what_readers_get_is_measured(tmp_path: Path) -> None:
+    """The runtime's debugger gives nan; the finite values behind DQ have a true error."""
+    io = ([("x", [1, 4])], [("y", [1, 4])])
+    nodes = [
+        helper.make_node("Reciprocal", ["x"], ["inverse"], "reciprocal"),
+        helper.make_node("Neg", ["inverse"], ["y"], "neg"),
+    ]
+    feeds = [{"x": np.float32([[0.004, 0.5, 1.0, 2.0]])}, {"x": np.float32([[0.25, 0.5, 1, 2]])}]
+    save(model(nodes, *io), tmp_path / "f.onnx")
+    pairs, constants_ = [], []
+    for tensor, name, scale in (("x", "input", 0.01), ("inverse", "inverse", 1.0)):
+        found = qdq_of(tensor, f"{name}_dq", scale, -128)
+        pairs.append(found[0])
+        constants_ += found[1]
+    nodes[0].input[0], nodes[1].input[0] = "input_dq", "inverse_dq"
+    ordered = [*pairs[0], nodes[0], *pairs[1], nodes[1]]
+    save(model(ordered, *io, constants_), tmp_path / "q.onnx")
+    pair = Pair(folder=tmp_path, feeds=feeds)
+    result = pair.compared()
+    assert math.isinf(pair.tensor("q", "inverse")[0].max())
+    found = activation_of(result, "inverse")
+    truth = db(pair.tensor("f", "inverse"), pair.tensor("q", "inverse_dq"))
+    assert math.isfinite(truth)
+    assert found.accumulated_sqnr_db == pytest.approx(truth, abs=1e-6)
+    assert found.local_sqnr_db is not None
+    assert math.isnan(found.local_sqnr_db)
+    assert found.nonfinite_quantized == 1
+    assert found.saturated_fraction == 1 / 8
+    (record,) = result.nonfinite
+    assert (record.tensor, record.infinite, record.nan) == ("inverse", 1, 0)
+    check_outputs(pair, result)
+
+
 # -- block-quantized weights -------------------------------------------------------------------
 
 
