@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from inspector.arrays import listed
+from inspector.arrays import counted, listed, nearest, printable
 from inspector.batches import BatchSide, batch_warnings, measure_batch
 from inspector.comparison import (
     ActivationError,
@@ -31,7 +31,7 @@ from inspector.comparison import (
 )
 from inspector.content import ELEMENTS, Summary
 from inspector.devices import DeviceWatch, Dump, fitted, match_names
-from inspector.errors import ModelError, RunError
+from inspector.errors import FeedError, ModelError, RunError
 from inspector.feeds import Feeds
 from inspector.folding import DQ, Q, constant_value
 from inspector.kernels import find_transformer
@@ -528,6 +528,13 @@ class _Pass:
         for pair_name in self.watches:
             names.setdefault(pair_name, pair_name)
         met = match_names(dump, list(names))
+        if not met.found:
+            raise FeedError(
+                f"the dump from the device holds {counted(len(dump.names), 'tensor')}, none of "
+                f"which is compared here: {listed([printable(n, 60) for n in dump.names])}",
+                hint="Name each array like a tensor of the float or the quantized model; "
+                f"nearest to the first one: {nearest(dump.names[0], list(names))}.",
+            )
         self.warnings += [*dump.notes, *met.notes]
         self.skipped += met.unknown
         for tensor, key in met.found.items():

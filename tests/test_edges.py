@@ -888,6 +888,16 @@ def test_tensors_of_a_device_stand_beside_ours(tmp_path: Path) -> None:
     assert record.verdict == "quantization"
 
 
+def test_a_dump_of_which_nothing_is_compared_is_refused(tmp_path: Path) -> None:
+    dump = npz_folder(tmp_path / "dump", [{"Y2": floats((6,))}])
+    with pytest.raises(FeedError) as caught:
+        compared(
+            tmp_path, *negation([6]), [{"x": floats((6,))}], actual=load_dump(dump, ["00.npz"])
+        )
+    assert "holds 1 tensor, none of which is compared here: Y2" in caught.value.message
+    assert "nearest to the first one: " in caught.value.hint
+
+
 # -- nothing is dropped ------------------------------------------------------------------------
 
 
