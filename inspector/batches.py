@@ -27,6 +27,10 @@ MOST_SAMPLES = 32
 MOST_BYTES = 64 * 2**20
 # An output that moves by more than this share of its peak depends on the batch.
 NOTABLE_SHARE = 0.01
+# The float model's outputs move as well where they do by more than these shares of what the
+# quantized model's do and of their own peak, which is far above the rounding.
+FLOAT_SHARE = 0.1
+ROUNDING_SHARE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +65,8 @@ def measure_batch(
     """Up to 32 samples alone and in one batch.
 
     Samples of unequal length are padded behind with zeros where an input marks padding; without
-    one only those of the most frequent shape share the batch.
+    one only those of the most frequent shape share the batch. Where the float model's outputs move
+    as well, what was joined is no batch (time may come first), and there is no effect to tell.
 
     Args:
         float_side: the float model as deployed.
@@ -106,6 +111,14 @@ def measure_batch(
     outputs = tuple(s.error(n) for n, s in sums.items() if s.fits)
     if not outputs:
         return _skipped("no output has the batch as its first axis")
+    moved = next((n for n, s in sums.items() if s.fits and s.float_moves()), None)
+    if moved is not None:
+        company = "a padded batch" if is_padded else "a batch"
+        why = "padding is not left out, or " if is_padded else ""
+        return _skipped(
+            f"in {company} output {moved} of the float model itself moves by up to "
+            f"{sums[moved].largest[True]:.2g}: {why}the first axis is no batch"
+        )
     return BatchEffect(samples=len(some), padded=is_padded, outputs=outputs)
 
 
@@ -156,6 +169,7 @@ class _Differences:
     def __init__(self) -> None:
         self.fits = True
         self.largest = {True: 0.0, False: 0.0}
+        self.float_peak = 0.0
         self.sums = np.zeros(2)
         self.worst = ""
 
@@ -184,11 +198,19 @@ class _Differences:
         with np.errstate(invalid="ignore"):
             distance = np.abs(alone.astype(np.float64) - own.astype(np.float64))
         largest = float(distance.max(initial=0.0))
-        if not is_float:
+        if is_float:
+            peak = np.abs(alone).max(initial=0.0)
+            self.float_peak = float(np.maximum(self.float_peak, peak))
+        else:
             self.sums += powers(alone, own)
             if not self.worst or largest > self.largest[False]:
                 self.worst = sample
         self.largest[is_float] = float(np.maximum(self.largest[is_float], largest))
+
+    def float_moves(self) -> bool:
+        """Whether the batch changes the float model's output as well, and not by rounding."""
+        moved, quantized = self.largest[True], self.largest[False]
+        return moved > FLOAT_SHARE * quantized and moved > ROUNDING_SHARE * self.float_peak
 
     def error(self, name: str) -> BatchError:
         return BatchError(

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from inspector.errors import Cancelled, ExclusionError, InspectorError, ReportError
+from inspector.guard import guarded
 
 if TYPE_CHECKING:
     from inspector.comparison import Comparison, OutputError, Pin
@@ -541,7 +543,7 @@ def compare(
     from inspector.devices import load_dump
     from inspector.feeds import split_calibration
     from inspector.model_files import load_model
-    from inspector.render import find_headline
+    from inspector.render import find_headline, unknown_deployed
 
     _keep_inputs([float_model, quantized_model, actual], [json_file, csv_file])
     reference, quantized = load_model(float_model), load_model(quantized_model)
@@ -570,6 +572,8 @@ def compare(
     failures = (
         [] if fail_under is None else _gate(comparison.outputs, fail_under, simulated=simulated)
     )
+    if failures and not simulated and unknown_deployed(comparison):
+        failures = [unknown_deployed(comparison)]
     for failure in failures:
         _say("gate failed", failure)
     found = find_headline(comparison)
@@ -798,15 +802,32 @@ def quantize(
 # ------------------------------------------------------------------------------------- main
 
 
+def _guarded_command() -> int:
+    """The process's own command, which does not outlive the process that waits for it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    return main(sys.argv[1:])
+
+
+def _say_of_command(kind: str, text: str) -> None:
+    """One line about a command that could not speak for itself any more."""
+    which = f"quant-inspector {' '.join(sys.argv[1:])}: " if kind == "error" else ""
+    _say(kind, f"{which}{text}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of a command line; the process's own where no arguments are given."""
+    """The exit code of a command line; the process's own, guarded, where none is given."""
+    if arguments is None:
+        return guarded(_guarded_command, _say_of_command)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show "–" gets "?" instead of a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         code = cli.main(
-            args=None if arguments is None else list(arguments),
+            args=list(arguments),
             prog_name="quant-inspector",
             standalone_mode=False,
         )

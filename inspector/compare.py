@@ -172,8 +172,13 @@ def compare_weights(
 ) -> tuple[tuple[WeightError, ...], tuple[Unmatched, ...]]:
     """Every matched weight and bias, and those that could not be compared after all."""
     found = [_worst_copy(pair, quantized_model) for pair in matching.weights]
+    main_graph = set(matching.float_tensors)
     return (
-        tuple(w for w in found if isinstance(w, WeightError)),
+        tuple(
+            replace(w, in_body=w.name not in main_graph)
+            for w in found
+            if isinstance(w, WeightError)
+        ),
         tuple(w for w in found if isinstance(w, Unmatched)),
     )
 
@@ -927,7 +932,7 @@ def compare_models(
         warnings += batch_warnings(effect, {n: w.peak for n, w in run.outputs.items()})
     found = tuple(trace.records() for trace in run.traces)
     warnings += [
-        nonfinite_warning(records, who)
+        nonfinite_warning(records, who, feeds.names)
         for records, who in zip(found, ("the float model", "the quantized model"), strict=True)
         if records
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Below 20 dB an output is worth a look.
@@ -60,6 +61,8 @@ class WeightError:
         note: what has to be known ("" for nothing), e.g. a folded BatchNormalization.
         scope: the body of an If, Loop or Scan that holds the quantized model's tensor; "" for the
             main graph.
+        in_body: the float model's tensor lies in such a body, whose tensors `MatchCounts` leaves
+            out.
     """
 
     name: str
@@ -85,6 +88,7 @@ class WeightError:
     matched_by: str
     note: str = ""
     scope: str = ""
+    in_body: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -476,6 +480,18 @@ def low_slices(output: OutputError | ActivationError) -> tuple[SliceError, ...]:
         if s.sqnr_db < min(LOOK_DB, whole - FAR_BELOW_DB) and s.sqnr_db != -math.inf
     ]
     return tuple(sorted(low, key=lambda s: s.sqnr_db))
+
+
+def first_nonfinite(records: Sequence[NonFinite], samples: Sequence[str]) -> NonFinite | None:
+    """Where NaN or infinity begins: on the first sample that has any, the first node of the graph.
+
+    Args:
+        records: of one model, in the order of its graph.
+        samples: names of all samples, in their order.
+    """
+    order = {name: at for at, name in reversed(list(enumerate(samples)))}
+    origins = [r for r in records if r.origin] or records
+    return min(origins, key=lambda r: order.get(r.first_sample, len(order)), default=None)
 
 
 def made_with() -> dict[str, str]:

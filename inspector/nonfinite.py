@@ -8,13 +8,13 @@ from `compare`, because it looks at all tensors of one model instead of pairs of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from inspector.comparison import NonFinite
+from inspector.comparison import NonFinite, first_nonfinite
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.padding import Padding
 from inspector.runtime import Feed, Session, open_session
@@ -153,16 +153,17 @@ class NonFiniteTrace:
         return tuple(found)
 
 
-def nonfinite_warning(records: tuple[NonFinite, ...], who: str) -> str:
+def nonfinite_warning(records: Sequence[NonFinite], who: str, samples: Sequence[str]) -> str:
     """One sentence about where it begins in a model; "" without records.
 
     Args:
         records: of one model, as `NonFiniteTrace.records` gives them.
         who: the model's name in the sentence, e.g. "the float model".
+        samples: names of all samples, in their order.
     """
-    if not records:
+    first = first_nonfinite(records, samples)
+    if first is None:
         return ""
-    first = next((r for r in records if r.origin), records[0])
     which = f"{first.op_type} {first.node}" if first.node else first.op_type
     held = " and ".join(
         f"{count} {what}"

@@ -34,6 +34,7 @@ from inspector.comparison import (
     Skipped,
     Unmatched,
     WeightError,
+    first_nonfinite,
     low_slices,
     made_with,
 )
@@ -599,7 +600,7 @@ def _origin(comparison: Comparison, model: str) -> NonFinite | None:
         own = {n.tensor for n in comparison.nonfinite if n.model == "float"}
         twins = {a.quantized_name for a in comparison.activations if a.name in own}
         found = [n for n in found if n.tensor not in own | twins] or found
-    return next((n for n in found if n.origin), found[0] if found else None)
+    return first_nonfinite(found, comparison.sample_names)
 
 
 def _not_finite(comparison: Comparison, output: OutputError) -> Headline:
@@ -665,6 +666,22 @@ def _transformer(output: OutputError) -> str:
     return f": ONNX Runtime's {shorten_name(output.deployed_cause, 60)} makes the difference"
 
 
+def _not_deployed(comparison: Comparison) -> Skipped | None:
+    """The session whose refusal leaves no deployed figures; None where both were opened."""
+    return next(
+        (s for s in comparison.skipped if (s.name, s.kind) == ("deployed figures", "figure")), None
+    )
+
+
+def unknown_deployed(comparison: Comparison) -> str:
+    """A clause that says why there are no deployed figures; "" where there are."""
+    refused = _not_deployed(comparison)
+    if refused is None:
+        return ""
+    model = f"the {refused.model} model cannot be opened with optimisations on"
+    return f"deployed figures are unknown: {model}"
+
+
 def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Headline]:
     """Rank (0 is gravest), SQNR and headline of one output."""
     name, sqnr, deployed = output.name, output.sqnr_db, output.deployed_sqnr_db
@@ -675,6 +692,8 @@ def _judge(comparison: Comparison, output: OutputError) -> tuple[int, float, Hea
     def found(sentence: str, severity: str, tensor: str | None = name) -> Headline:
         return Headline(sentence=sentence, severity=severity, output=name, tensor=tensor)
 
+    if _not_deployed(comparison):
+        deployed = sqnr
     if math.isnan(deployed) or deployed < min(LOOK_DB, sqnr - DEPLOYED_DROP_DB):
         text = f"{lead}: {format_db(sqnr)} simulated, but {format_db(deployed)} deployed"
         cause = f"with the kernels that ship{_transformer(output)}"
@@ -791,6 +810,15 @@ def find_headline(comparison: Comparison) -> Headline:
             return Headline(
                 sentence=sentence, severity="look", output=error.output, tensor=error.output
             )
+    refused = _not_deployed(comparison)
+    if refused is not None:
+        sentence = f"{found.sentence.removesuffix(_FINE)}, but {unknown_deployed(comparison)}"
+        # The float model is not what ships.
+        grave = found.severity == "problem" or refused.model == "quantized"
+        severity = "problem" if grave else "look"
+        found = dataclasses.replace(
+            found, sentence=sentence, severity=severity, tensor=found.tensor or found.output
+        )
     several = f" (worst of {len(outputs)} outputs)" if len(outputs) > 1 else ""
     return dataclasses.replace(found, sentence=f"{found.sentence}{several}{random}")
 
@@ -854,7 +882,8 @@ def accounting_text(comparison: Comparison) -> str:
     if counts is None:
         return ""
     # A float weight that two bodies read is one tensor.
-    weights = {w.name: w for w in comparison.weights}
+    weights = {w.name: w for w in comparison.weights if not w.in_body}
+    bodies = {w.name for w in comparison.weights if w.in_body}
     records: list[WeightError | ActivationError] = [*weights.values(), *comparison.activations]
     rules = Counter(record.matched_by for record in records)
     order = [*_RULES, *sorted(rules.keys() - _RULES.keys())]
@@ -863,7 +892,10 @@ def accounting_text(comparison: Comparison) -> str:
         f"{_count(len(weights), 'weight')}",
         f"{_count(len(comparison.activations), 'activation')}",
     ]
-    how = f" ({', '.join(sides)}; {', '.join(found)})" if records else ""
+    parts = [", ".join(sides), ", ".join(found)] if records else []
+    if bodies:
+        parts.append(f"{_count(len(bodies), 'more weight')} inside bodies")
+    how = f" ({'; '.join(parts)})" if parts else ""
     text = (
         f"{_count(counts.float_tensors, 'float tensor')}: {counts.matched:,} matched{how}, "
         f"{counts.fused:,} fused, {counts.unmatched:,} unmatched"
@@ -896,7 +928,7 @@ def _nonfinite_lines(comparison: Comparison) -> list[str]:
     lines = []
     for model in ("float", "quantized"):
         found = [n for n in comparison.nonfinite if n.model == model]
-        first = _origin(comparison, model)
+        first = first_nonfinite(found, comparison.sample_names)
         if first is None:
             continue
         place = shorten_name(first.node or first.tensor, 60)
@@ -1042,7 +1074,8 @@ def _output_lines(comparison: Comparison, name_width: int) -> list[str]:
     for o in comparison.outputs:
         row = [shorten_name(o.name, name_width), format_db(o.sqnr_db), *_channels(o)]
         row += [format_db(o.worst_sample_sqnr_db), format_db(o.median_sample_sqnr_db)]
-        rows.append([*row, format_db(o.deployed_sqnr_db)])
+        deployed = None if _not_deployed(comparison) else o.deployed_sqnr_db
+        rows.append([*row, format_db(deployed)])
     header = ("output", "pooled", "worst channel", "median channel", "worst sample",
               "median sample", "deployed")  # fmt: skip
     lines = _table(header, rows, left=1)

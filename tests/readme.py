@@ -25,7 +25,8 @@ ORDER = (
     *("kernels", "devices", "padding", "watches", "nonfinite", "states", "batches", "pairs"),
     *("compare",),
     *("calibration", "recipe", "prepare", "quantize"),
-    *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "cli", "web"),
+    *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "guard"),
+    *("cli", "web"),
 )
 
 

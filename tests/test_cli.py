@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -188,6 +189,78 @@ def test_interrupting_ends_with_130_and_no_traceback(pair: Path, tmp_path: Path)
     os.close(writer)
     assert process.returncode == 130
     assert err.decode().strip() == "error: stopped"
+
+
+# A command that says which process it is and then ends it, or waits.
+ODD_COMMAND = """
+import os, signal, sys, time
+from inspector.cli import cli, main
+
+@cli.command()
+def odd():
+    print(os.getpid(), flush=True)
+    how = {how}
+    os.kill(os.getpid(), how) if how else time.sleep(60)
+
+sys.exit(main())
+"""
+
+
+def odd_process(how: int = 0) -> subprocess.Popen[str]:
+    code = [sys.executable, "-c", ODD_COMMAND.format(how=int(how)), "odd"]
+    return subprocess.Popen(
+        code, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of its own")
+@pytest.mark.parametrize("how", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
+def test_a_library_that_ends_the_process_leaves_two_lines(how: signal.Signals) -> None:
+    with odd_process(how) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out.strip().isdigit()
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("error: quant-inspector odd: ")
+    assert how.name in lines[0]
+    assert lines[1].startswith("hint: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_the_command_from_outside_ends_all_of_it(how: signal.Signals) -> None:
+    with odd_process() as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        assert child != process.pid
+        process.send_signal(how)
+        # The pipes close when both have ended.
+        _, err = process.communicate(timeout=30)
+    assert process.returncode in (-how, 128 + how)  # as the system and as shells say it
+    assert err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_control_c_on_a_terminal_reaches_both_and_ends_with_130() -> None:
+    import pty
+
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-c", ODD_COMMAND.format(how=0), "odd"])
+    drawn = b""
+    while b"\n" not in drawn:
+        drawn += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):  # the other side has closed
+        while chunk := os.read(terminal, 4096):
+            drawn += chunk
+    _, status = os.waitpid(child, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert drawn.count(b"error: stopped") == 1
+    assert b"Traceback" not in drawn
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

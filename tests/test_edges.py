@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.quantization import quantize_dynamic
 
 from inspector.compare import compare_models
 from inspector.comparison import Comparison, Pin
@@ -20,6 +21,7 @@ from inspector.errors import FeedError, ModelError, RunError
 from inspector.feeds import load_feeds
 from inspector.model import Model
 from inspector.model_files import load_model
+from inspector.render import basis_lines, headline
 from inspector.states import likely_states
 from inspector.watches import choices
 from tests.samples import (
@@ -131,6 +133,37 @@ def test_a_nan_that_vanishes_in_q_makes_its_tensor_unknown_and_names_its_node(
     (warning,) = [w for w in result.warnings if "NaN" in w]
     assert "tensor s (Sqrt root)" in warning
     assert "sample 01.npz" in warning
+
+
+def test_the_first_not_finite_tensor_is_of_the_first_sample(tmp_path: Path) -> None:
+    """The root comes first in the graph and fails last: Div gives infinity two samples before."""
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["r"], "root"),
+        helper.make_node("Div", ["r", "z"], ["h"], "div"),
+    ]
+    qdq, constants = qdq_of("h", "hd", 0.1, 0)
+    last, z = helper.make_node("Neg", ["h"], ["y"], "neg"), array("z", np.float32([1, 0, 1]))
+    twin = helper.make_node("Neg", ["hd"], ["y"], "neg")
+    io: tuple[Any, Any] = ([("x", [3])], [("y", [3])])
+    protos = [
+        model([*nodes, last], *io, [z]),
+        model([*nodes, *qdq, twin], *io, [z, *constants]),
+    ]
+    feeds = [{"x": np.float32(x)} for x in ([1, 0, 1], [1, 2, 1], [-1, 1, 1])]
+    result = compared(tmp_path, *protos, feeds)
+    origins = [(r.model, r.node, r.first_sample) for r in result.nonfinite if r.origin]
+    assert origins == [
+        ("float", "root", "02.npz"), ("float", "div", "00.npz"),
+        ("quantized", "root", "02.npz"), ("quantized", "div", "00.npz"),
+    ]  # fmt: skip
+    assert headline(result).endswith("on 3 of 3 samples, first at div on sample 00.npz")
+    warnings = [w for w in result.warnings if "NaN" in w]
+    panel = [line for line in basis_lines(result) if line.startswith("NaN")]
+    assert (len(warnings), len(panel)) == (2, 2)
+    for warning, line in zip(warnings, panel, strict=True):
+        assert "tensor h (Div div) is the first" in warning
+        assert "on sample 00.npz (2 NaN and 2 infinite in all)" in warning
+        assert "first at div (Div) in sample 00.npz with 2 NaN and 2 infinite" in line
 
 
 def test_infinity_is_traced_to_the_node_that_makes_it_through_tensors_without_partner(
@@ -811,6 +844,33 @@ def test_a_fixed_batch_or_lone_sample_says_why_there_is_no_batch_effect(tmp_path
     static = compared(tmp_path / "static", *negation(["n", 3]), feeds)
     assert static.batch is None
     assert not [s for s in static.skipped if s.name == "batch effect"]
+
+
+def test_a_first_axis_that_moves_the_float_model_as_well_is_no_batch(tmp_path: Path) -> None:
+    """Sums along time, which comes first: behind another sample they begin elsewhere."""
+    w = floats((4, 4), 1)
+    nodes = [
+        helper.make_node("CumSum", ["x", "axis"], ["c"], "sums"),
+        helper.make_node("MatMul", ["c", "w"], ["y"], "product"),
+    ]
+    constants = [array("axis", np.int64(0)), array("w", w)]
+    proto = model(nodes, [("x", ["time", 4])], [("y", ["time", 4])], constants)
+    source, target = save(proto, tmp_path / "source.onnx"), tmp_path / "dynamic.onnx"
+    quantize_dynamic(source, target)
+    feeds = [{"x": floats((3, 4), seed)} for seed in range(3)]
+    result = compared(tmp_path, proto, onnx.load(target), feeds)
+    together = raw(proto, {"x": np.concatenate([f["x"] for f in feeds])})[0]
+    alone = np.concatenate([raw(proto, f)[0] for f in feeds])
+    moved = np.abs(together - alone).max()
+    assert moved > 1
+    assert result.batch is None
+    assert not [w for w in result.warnings if "batch" in w]
+    (said,) = [s for s in result.skipped if s.name == "batch effect"]
+    assert said.reason == (
+        f"in a batch output y of the float model itself moves by up to {moved:.2g}: "
+        "the first axis is no batch"
+    )
+    assert "batch" not in headline(result)
 
 
 @needs_models

@@ -6,6 +6,7 @@ Each truth is computed in float64 from the integers in the file or from plain se
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from inspector.cli import main
 from inspector.comparison import ActivationError, Comparison
 from inspector.model import Model
 from inspector.qparams import QParams
+from inspector.render import accounting_text, comparison_json, comparison_text, find_headline
 from inspector.states import likely_states
 from inspector.stats import saturated_counts
 from tests.known_pairs import IMAGES, Pair, activation_of, close, constants, db, weight_of
@@ -414,7 +417,9 @@ def test_an_input_that_is_also_an_output_is_no_state() -> None:
     assert likely_states(Model(proto)) == ()
 
 
-def test_a_model_that_runs_only_without_optimisations_is_compared(tmp_path: Path) -> None:
+def test_a_model_that_runs_only_without_optimisations_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The runtime rounds the float bias with an operator that opset 10 does not have."""
     weight, bias = floats((4, 3, 3, 3), 1, 0.3), floats((4,), 2)
     dq, values = stored("w", weight)
@@ -443,6 +448,58 @@ def test_a_model_that_runs_only_without_optimisations_is_compared(tmp_path: Path
     (skipped,) = [s for s in result.skipped if s.name == "deployed figures"]
     assert skipped.model == "quantized"
     assert "ONNX Runtime" in skipped.reason
+    found = find_headline(result)
+    assert found.severity == "problem"
+    assert re.fullmatch(
+        r"Output y \d\d\.\d dB, but deployed figures are unknown: the quantized model cannot be "
+        "opened with optimisations on",
+        found.sentence,
+    )
+    text = comparison_text(result)
+    assert "NaN" not in text
+    (line,) = [x for x in text.splitlines() if x.startswith("  y  ") and "#" in x][:1]
+    assert line.endswith("–")
+    assert comparison_json(result)["outputs"][0]["deployed_sqnr_db"] == "NaN"
+    files = [str(tmp_path / "f.onnx"), str(tmp_path / "q.onnx")]
+    words = ["compare", *files, "--random", "1", "--fail-under", "20"]
+    assert main(words) == 1
+    assert "gate failed: deployed figures are unknown: the quantized" in capsys.readouterr().err
+    assert main([*words, "--simulated"]) == 0
+
+
+def looped(stored_weight: bool) -> onnx.ModelProto:
+    """y = tanh(x w) three times; `w` lies in the loop, as it is or as integers."""
+    weight = floats((6, 6), 1, 0.3)
+    dq, values = stored("w", weight)
+    operand = "w_d" if stored_weight else "w"
+    body = helper.make_graph(
+        [*([dq] if stored_weight else []), node("MatMul", ["s", operand], ["m"], "mm"),
+         node("Tanh", ["m"], ["t"], "tanh"), node("Identity", ["go"], ["on"], "id")],
+        "body",
+        [helper.make_tensor_value_info(n, t, d) for n, t, d in (
+            ("at", onnx.TensorProto.INT64, []), ("go", onnx.TensorProto.BOOL, []),
+            ("s", onnx.TensorProto.FLOAT, [1, 6]))],
+        [helper.make_tensor_value_info(n, t, d) for n, t, d in (
+            ("on", onnx.TensorProto.BOOL, []), ("t", onnx.TensorProto.FLOAT, [1, 6]))],
+        values if stored_weight else [array("w", weight)],
+    )  # fmt: skip
+    return model(
+        [helper.make_node("Loop", ["n", "yes", "x"], ["l"], "loop", body=body),
+         node("Sigmoid", ["l"], ["y"], "sg")],
+        [("x", [1, 6])], [("y", [1, 6])],
+        [numpy_helper.from_array(np.array(v), n) for n, v in (("n", 3), ("yes", True))],
+    )  # fmt: skip
+
+
+def test_weights_inside_bodies_are_counted_apart(tmp_path: Path) -> None:
+    feeds = [{"x": floats((1, 6), seed)} for seed in range(2)]
+    result = pair_of(tmp_path, looped(False), looped(True), feeds).compared()
+    (weight,) = result.weights
+    assert (weight.name, weight.in_body) == ("w", True)
+    assert accounting_text(result) == (
+        "3 float tensors: 3 matched (0 weights, 3 activations; 3 by name; 1 more weight inside "
+        "bodies), 0 fused, 0 unmatched"
+    )
 
 
 # -- steps that are spelled in another way, and factors that moved -----------------------------

@@ -1040,7 +1040,7 @@ def test_text_says_what_the_figures_rest_on() -> None:
         nonfinite=(
             make_nonfinite("t0", "/before"),
             make_nonfinite("t1", "/log/Log", origin=True, first_sample="07.npz"),
-            make_nonfinite("t2", "/div", origin=True),
+            make_nonfinite("t2", "/div", origin=True, first_sample="07.npz"),
         ),
         skipped=tuple(skipped),
         not_observed=(unseen,),

@@ -820,7 +820,7 @@ def describe_in_worker(path: Path, progress: Any) -> str:
     return str(describe_model(path)["path"])
 
 
-def test_a_file_that_crashes_a_library_costs_one_job(ground: Ground, tmp_path: Path) -> None:
+def crashing() -> onnx.ModelProto:
     """A dimension below 0 behind Conv ends the process in ONNX's inference of shapes for Slice."""
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
@@ -829,7 +829,11 @@ def test_a_file_that_crashes_a_library_costs_one_job(ground: Ground, tmp_path: P
     ends = [array(n, np.int64([v])) for n, v in (("s", 0), ("e", 9), ("a", 2))]
     proto = model(nodes, [("x", [1, 1, 0])], [("y", None)], [array("w", floats((1, 1, 5))), *ends])
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    bad = ground.worker.submit(describe_in_worker, save(proto, tmp_path / "m.onnx"))
+    return proto
+
+
+def test_a_file_that_crashes_a_library_costs_one_job(ground: Ground, tmp_path: Path) -> None:
+    bad = ground.worker.submit(describe_in_worker, save(crashing(), tmp_path / "m.onnx"))
     good = ground.worker.submit(describe_in_worker, ground.pairs / "qdq" / "q.onnx")
     status = ground.worker.wait(bad, SECONDS)
     # Another version of ONNX may read it.
@@ -869,6 +873,20 @@ def assert_refused(done: subprocess.CompletedProcess[str], said: str) -> None:
     assert [line.split(": ")[0] for line in lines] == ["error", "hint"], done.stderr
     assert said in lines[0]
     assert all(line.isprintable() and len(line) < 1000 for line in lines)
+    assert done.stdout == ""
+
+
+def test_a_file_that_crashes_a_library_ends_its_command_with_two_lines(tmp_path: Path) -> None:
+    save(crashing(), tmp_path / "m.onnx")
+    done = command("show", "m.onnx", "--json", "-", folder=tmp_path)
+    if done.returncode == 0:  # another version of ONNX may read it
+        return
+    assert done.returncode == 2, done.stderr
+    # The library says something of its own first.
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error.startswith("error: quant-inspector show m.onnx --json -: ")
+    assert "SIGABRT" in error
+    assert hint.startswith("hint: ")
     assert done.stdout == ""
 
 
