@@ -184,23 +184,18 @@ def _distinct(names: Sequence[str], width: int) -> list[str]:
     return [_escape(name) for name in shown]
 
 
-def _number(text: str) -> str:
-    """With a minus sign as long as a plus."""
-    return text.replace("-", "−")
-
-
 def _db(value: float | None) -> str:
     if value is None:
         return "–"
     if math.isnan(value):
         return "not finite"
     if math.isinf(value):
-        return "exact" if value > 0 else "−∞ dB"
-    return _number(f"{value:.1f} dB")
+        return "exact" if value > 0 else "-∞ dB"
+    return f"{value:.1f} dB"
 
 
 def _real(value: float) -> str:
-    return _number(f"{value:.4g}")
+    return f"{value:.4g}"
 
 
 def _count(value: float) -> str:
@@ -351,7 +346,7 @@ def _decorate(figure: go.Figure, name: str, x: Any, y: Any, mode: str, **style: 
 # --- decibels on an axis ---------------------------------------------------------------------
 
 _RAILS_ABOVE = (f">{_HIGHEST_DB:g}", "exact")
-_RAILS_BELOW = (f"<−{-_LOWEST_DB:g}", "NaN")
+_RAILS_BELOW = (f"<{_LOWEST_DB:g}", "NaN")
 _FLOOR = ""  # a row at the very bottom, for the ticks of excluded nodes
 
 
@@ -405,7 +400,7 @@ class _DecibelAxis:
         step = 10 if 10 * pixels >= 20 else 20
         rails = {y: name for name, y in self.rails.items() if name != _FLOOR}
         ticks = {
-            float(v): _number(str(v))
+            float(v): str(v)
             for v in range(int(self.low), int(self.high) + 1)
             if v % step == 0 and all(abs(v - y) * pixels >= _TICK_PX for y in rails)
         } | rails
@@ -888,7 +883,7 @@ def _described(detail: Mapping[str, Any]) -> str:
     if scales.size == 1:
         parts.append(f"step {_real(scales.item())}")
         if zero_points.size == 1:
-            parts.append(_number(f"zero point {zero_points.item():.0f}"))
+            parts.append(f"zero point {zero_points.item():.0f}")
     elif scales.size:
         ends = f"{_real(float(scales.min()))} to {_real(float(scales.max()))}"
         parts.append(f"{scales.size} channel steps, {ends}")
@@ -936,7 +931,12 @@ def _add_outside(figure: go.Figure, outside: tuple[int, int], edges: _Array, dar
         _label(figure, dark, f"{outside[1]:,} above {right} ▶", 1, 0.55, xanchor="right")
 
 
-def _histogram_title(detail: Mapping[str, Any], edges: _Array, counts: _Array) -> str:
+def _histogram_title(
+    detail: Mapping[str, Any],
+    edges: _Array,
+    counts: _Array,
+    observed: tuple[float | None, float | None] | None,
+) -> str:
     name, limits = _tensor(detail), _pair(detail.get("representable"))
     low, high = _pair(detail.get("saturated")) or (0.0, 0.0)
     if limits is None:
@@ -950,7 +950,26 @@ def _histogram_title(detail: Mapping[str, Any], edges: _Array, counts: _Array) -
         if 0 < used < 0.5:
             return f"99.9 % of {name} lies in {_percent(used)} of its range"
     clipped = _percent(low + high) if low + high else "nothing"
+    beyond = _beyond(limits, _pair(observed), detail)
+    if beyond is not None:
+        reached = f"The float model's {name} reaches {_real(beyond)}"
+        return f"{reached}, the quantized model's stays inside: {clipped} is clipped"
     return f"{name} fills its range, {clipped} is clipped"
+
+
+def _beyond(
+    limits: tuple[float, float], observed: tuple[float, float] | None, detail: Mapping[str, Any]
+) -> float | None:
+    """The end of the float model's range that is furthest outside the limits; None where inside.
+
+    Half a step outside is rounded, not lost: as where values count as clipped.
+    """
+    if observed is None:
+        return None
+    room = float(_floats(detail.get("scale")).max(initial=0.0)) / 2
+    below, above = limits[0] - observed[0], observed[1] - limits[1]
+    outside, end = (below, observed[0]) if below > above else (above, observed[1])
+    return end if outside > room else None
 
 
 def _core(detail: Mapping[str, Any], edges: _Array, counts: _Array) -> tuple[float, float] | None:
@@ -980,13 +999,20 @@ def _levels(detail: Mapping[str, Any], view: tuple[float, float]) -> _Array:
 
 
 def histogram(
-    detail: Mapping[str, Any], *, log: bool = True, title: str | None = None, dark: bool = False
+    detail: Mapping[str, Any],
+    *,
+    log: bool = True,
+    observed: tuple[float | None, float | None] | None = None,
+    title: str | None = None,
+    dark: bool = False,
 ) -> go.Figure:
     """How a tensor's values are spread, float against dequantized, and the grid they must fit.
 
     Args:
         detail: one tensor's detail as the workbench writes it.
         log: logarithmic counts; an empty bin then lies on the axis.
+        observed: lowest and highest value in the float model. What is clipped is counted in the
+            quantized model, whose values before Q may stay inside where these do not.
     """
     height = 320
     edges = _floats(detail.get("edges"))
@@ -999,7 +1025,7 @@ def histogram(
     y_axis, floor = _count_axis(float(max(counts.max(), quantized.max(initial=0))), log)
     room = 0.015 * float(edges[-1] - edges[0] or 1.0)
     view = (float(edges[0]) - room, float(edges[-1]) + room)
-    said = _histogram_title(detail, edges, counts)
+    said = _histogram_title(detail, edges, counts, observed)
     figure = _figure(title, said, dark, height, _described(detail), margin={"t": 88, "b": 48})
     figure.update_layout(hovermode="x", legend_y=1.1)  # the borders' labels stand between
     figure.update_yaxes(**y_axis)
@@ -1054,7 +1080,7 @@ def error_histogram(
     if counts.sum():
         mean = float((edges[:-1] + edges[1:]) / 2 @ counts / counts.sum())
         mean = mean if abs(mean) > 1e-6 * (high - low) else 0.0
-        notes.append(_number(f"mean {mean:+.3g}") + (" steps" if in_steps else ""))
+        notes.append(f"mean {mean:+.3g}" + (" steps" if in_steps else ""))
     if in_steps:
         within = float(counts[(edges[:-1] < 0.5) & (edges[1:] > -0.5)].sum()) / total
         sentence = f"{_percent(within)} of the errors are within half a step"
@@ -1080,7 +1106,7 @@ def error_histogram(
     line = {"width": 1, "color": colors.quantized}
     _add_outline(figure, "errors", edges, counts, floor, line=line, **filled)
     if in_steps:
-        for step, anchor, text in ((-0.5, "right", "−½ step"), (0.5, "left", "+½ step")):
+        for step, anchor, text in ((-0.5, "right", "-½ step"), (0.5, "left", "+½ step")):
             figure.add_vline(x=step, line={"color": colors.ink, "width": 1.25, "dash": "dot"})
             where = {"xref": "x", "xanchor": anchor, "yanchor": "bottom"}
             _label(figure, dark, text, step, 1, font_color=colors.muted, **where)
@@ -1268,7 +1294,7 @@ def slices(
             ratio = f"{largest.absmax / worst.absmax:.3g}"
             notes.insert(0, f"{_name(largest.source, 36)} is {ratio} times as large")
     sources = _distinct([s.source for s in shown], 26)
-    labels = [f"{n} [{s.start}:{s.stop}]" for n, s in zip(sources, shown, strict=True)]
+    labels = [f"{n} {s.start}…{s.stop - 1}" for n, s in zip(sources, shown, strict=True)]
     left = int(min(340, 20 + 6.6 * max(len(html.unescape(t)) for t in labels)))
     places = list(range(len(shown)))
     absmax = [s.absmax if math.isfinite(s.absmax) else 0.0 for s in shown]
@@ -1288,7 +1314,7 @@ def slices(
     figure.update_layout(bargap=0.35)
     sqnr_db, error_colors = [s.sqnr_db for s in shown], [error_color(s.sqnr_db) for s in shown]
     hover = [
-        f"<b>{_told(s.source)}</b><br>channels {s.start} to {s.stop - 1}<br>"
+        f"<b>{_told(s.source)}</b><br>channels {s.start}…{s.stop - 1}<br>"
         f"{_db(s.sqnr_db)} · largest |value| {_real(s.absmax)}"
         for s in shown
     ]

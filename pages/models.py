@@ -31,16 +31,20 @@ with st.expander("Load your own models", expanded=view is None, key="load", on_c
         if busy is not None:
             widgets.job_card(busy.id, place="load")
         else:
-            ready = chosen is not None and chosen.float_path and chosen.inputs and fits
-            if st.button(
-                "Compare",
-                type="primary",
-                disabled=not ready,
-                icon=":material/play_arrow:",
-                help=None if ready else "Choose a float model and inputs first.",
-                key="compare",
-            ):
+            lacking = forms.lacking(chosen, fits)
+            with st.container(horizontal=True, vertical_alignment="center", key="compare-row"):
+                pressed = st.button(
+                    "Compare",
+                    type="primary",
+                    disabled=bool(lacking),
+                    icon=":material/play_arrow:",
+                    key="compare",
+                )
+                if lacking:
+                    st.caption(lacking, width="content")
+            if pressed:
                 assert chosen is not None
+                assert chosen.float_path is not None
                 session.dismiss_problem()
                 session.follow(
                     session.worker().submit(

@@ -53,7 +53,12 @@ with st.expander("All tensors", key="all-tensors", on_change="rerun") as everyth
     if everything.open:
         frame = tables.tensors(comparison)
         widgets.limited(frame, view, key="report")
-        st.dataframe(frame, hide_index=True, column_config=tables.tensor_columns())
+        st.dataframe(
+            tables.shown(frame),
+            hide_index=True,
+            column_config=tables.tensor_columns(),
+            placeholder="–",
+        )
 commands = view.run.summary.get("commands", {})
 if isinstance(commands, dict) and commands.get("inspector"):
     st.subheader("The same from the command line", anchor=False)

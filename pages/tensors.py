@@ -20,13 +20,14 @@ record = view.record
 wanted = st.query_params.get("tensor", "")
 if wanted != view.tensor and matches.unmatched_of(view, wanted) is not None:
     # Refused by hand, or found in a list: it has no figures, but it can be matched.
-    with st.container(horizontal=True, vertical_alignment="center", key="unmatched"):
-        st.markdown(
-            f":orange[▲] {words.md_code(shorten_name(wanted, 60))} is not compared", width="content"
-        )
-        with st.popover("Match it", icon=":material/link:", key="lost", on_change="rerun") as lost:
-            if lost.open:
-                matches.choice(view, wanted, key="lost-match")
+    order = session.worst_first(view.comparison)
+    with st.container(horizontal=True, vertical_alignment="center", key="tensor-controls"):
+        widgets.tensor_field(view, order, refused=matches.refused(view), shown=wanted)
+        widgets.neighbours(view, key="tensors")
+    with st.container(key="unmatched"):
+        st.markdown(f":orange[▲] {words.md_code(shorten_name(wanted, 60))} is not compared")
+    matches.choice(view, wanted, key="lost-match")
+    st.stop()
 if record is None:
     widgets.sentence("No tensor of the two models could be compared")
     st.markdown("The overview lists every tensor that is not compared, with the reason.")
@@ -36,7 +37,7 @@ assert record is not None
 # ask: which tensor
 order = session.worst_first(view.comparison)
 with st.container(horizontal=True, vertical_alignment="center", key="tensor-controls"):
-    widgets.tensor_field(view, order)
+    widgets.tensor_field(view, order, refused=matches.refused(view))
     widgets.neighbours(view, key="tensors")
     widgets.leave_in_float(view, key="tensors-float")
     place = order.index(view.tensor) + 1
@@ -79,6 +80,9 @@ answer = session.tensor_detail(view)
 # guard and show
 name = f"{view.pair.title}-run{view.run.number}-{record.name}"
 dark = style.is_dark()
+observed = (
+    (record.observed_low, record.observed_high) if isinstance(record, ActivationError) else None
+)
 parts = record.slices if isinstance(record, ActivationError) else ()
 if parts:
     widgets.picture(
@@ -101,7 +105,7 @@ elif answer.error is not None:
 else:
     with left:
         widgets.picture(
-            figures.histogram(answer.value, log=logarithmic, dark=dark),
+            figures.histogram(answer.value, log=logarithmic, observed=observed, dark=dark),
             key="histogram",
             name=f"{name}-histogram",
             alt="Histogram of the tensor, float against dequantized",

@@ -102,7 +102,7 @@ def test_a_match_is_pinned_and_its_row_says_so(page: Page, tmp_path: Path) -> No
         page.get_by_role("button", name="Matched by name").click(timeout=PATIENCE)
         box = page.get_by_role("combobox", name="Pin to another tensor of the quantized model")
         box.fill(name, timeout=PATIENCE)
-        page.get_by_role("option", name=name, exact=True).click(timeout=PATIENCE)
+        page.get_by_role("option", name=f"{name} · ").click(timeout=PATIENCE)
         page.get_by_role("button", name="Pin", exact=True).click()
         pinned = page.get_by_role("button", name="Matched by hand")
         expect(pinned).to_be_visible(timeout=PATIENCE)

@@ -295,7 +295,7 @@ def test_far_values_lie_on_rails_of_their_own_and_do_not_flatten_the_rest() -> N
     figure = figures.error_by_depth(comparison(series(150, 45, -60, -INF)))
     marks = trace(figure, "accumulated")
     assert marks.y[0] == y_tick(figure, ">80")
-    assert marks.y[2] == marks.y[3] == y_tick(figure, "<−20")
+    assert marks.y[2] == marks.y[3] == y_tick(figure, "<-20")
     assert figure.layout.yaxis.range[1] < 100
 
 
@@ -309,7 +309,7 @@ def test_local_dots_are_only_where_a_tensor_has_its_own_pair() -> None:
 def test_the_largest_fall_is_the_title_and_is_labelled() -> None:
     figure = figures.error_by_depth(comparison(series(45, 44, 43, 18, 17, 16)))
     assert title(figure) == "The largest fall is at /t3/Conv: 43.0 to 18.0 dB"
-    assert labels(figure) == ["/t3/Conv  −25.0 dB"]
+    assert labels(figure) == ["/t3/Conv  -25.0 dB"]
 
 
 def test_a_healthy_model_has_no_fall_to_label() -> None:
@@ -320,17 +320,17 @@ def test_a_healthy_model_has_no_fall_to_label() -> None:
 
 def test_a_bad_branch_is_not_blamed_each_time_the_order_returns_to_it() -> None:
     figure = figures.error_by_depth(comparison(series(45, 44, 15, 43, 14.5, 42, 14, 41, 13.5)))
-    assert labels(figure) == ["/t2/Conv  −29.0 dB"]
+    assert labels(figure) == ["/t2/Conv  -29.0 dB"]
 
 
 def test_with_parents_a_fall_is_measured_from_a_tensors_own_inputs() -> None:
     records = series(45, 15, 44, 20)
     parents = {"t1": ["t0"], "t2": ["t0"], "t3": ["t2"]}
     assert labels(figures.error_by_depth(comparison(records), parents=parents)) == [
-        "/t1/Conv  −30.0 dB",
-        "/t3/Conv  −24.0 dB",
+        "/t1/Conv  -30.0 dB",
+        "/t3/Conv  -24.0 dB",
     ]
-    assert labels(figures.error_by_depth(comparison(records))) == ["/t1/Conv  −30.0 dB"]
+    assert labels(figures.error_by_depth(comparison(records))) == ["/t1/Conv  -30.0 dB"]
 
 
 def test_labels_never_share_a_row_and_stay_in_the_plot() -> None:
@@ -502,7 +502,7 @@ def test_a_histogram_holds_both_counts_and_draws_empty_bins_on_the_axis() -> Non
 
 def test_a_histogram_writes_the_clipped_share_at_each_border_and_counts_outliers() -> None:
     figure = figures.histogram(detail(saturated=[0.0, 0.0312], float_below=0, float_above=1204))
-    assert "from −0.9961: 0 % clipped" in labels(figure)
+    assert "from -0.9961: 0 % clipped" in labels(figure)
     assert "to 1.004: 3.1 % clipped" in labels(figure)
     assert "1,204 above 1.5 ▶" in labels(figure)
     assert not any("below" in text for text in labels(figure))
@@ -513,6 +513,25 @@ def test_a_histogram_writes_the_clipped_share_at_each_border_and_counts_outliers
 def test_a_tensor_whose_outliers_stretch_the_range_says_how_little_is_used() -> None:
     values = [*np.linspace(-0.05, 0.05, 9998), -1.0, 1.0]
     assert title(figures.histogram(detail(values))).startswith("99.9 % of /head/conv lies in 5.0 %")
+
+
+@pytest.mark.parametrize(
+    ("observed", "said"),
+    [
+        ((-0.9, 2.5), "The float model's /head/conv reaches 2.5, the quantized model's stays"),
+        ((-3.0, 2.5), "The float model's /head/conv reaches -3, the quantized model's stays"),
+        ((-0.9, 1.005), "/head/conv fills its range, nothing is clipped"),
+        ((NAN, 2.5), "/head/conv fills its range, nothing is clipped"),
+        (None, "/head/conv fills its range, nothing is clipped"),
+    ],
+)
+def test_where_only_the_float_model_leaves_the_range_the_title_says_so(
+    observed: tuple[float, float] | None, said: str
+) -> None:
+    record = detail(np.linspace(-0.99, 0.99, 1000))
+    figure = figures.histogram(record, observed=observed)
+    assert title(figure).startswith(said)
+    assert "nothing is clipped" in title(figure)
 
 
 def test_the_integer_grid_is_drawn_below_512_levels_and_not_above() -> None:
@@ -548,7 +567,7 @@ def test_an_error_histogram_says_how_much_stays_within_half_a_step() -> None:
     assert [s.x0 for s in inside.layout.shapes] == [-0.5, 0.5]
     clipped = figures.error_histogram(detail([0.5] * 90 + [1.4] * 10))
     assert title(clipped).startswith("90.0 % of the errors are within half a step")
-    assert "10 below −2" in "".join(labels(clipped))
+    assert "10 below -2" in "".join(labels(clipped))
 
 
 def test_without_a_scale_errors_are_in_real_units() -> None:
@@ -633,9 +652,9 @@ def test_slices_show_the_worst_part_first_and_name_what_drowns_it() -> None:
         SliceError(source="scores", start=4, stop=14, sqnr_db=-1.2, absmax=1.0),
     ]
     figure = figures.slices(parts)
-    assert title(figure).startswith("scores arrives at −1.2 dB<br>")
+    assert title(figure).startswith("scores arrives at -1.2 dB<br>")
     assert "boxes is 640 times as large" in title(figure)
-    assert list(figure.layout.yaxis.ticktext) == ["scores [4:14]", "boxes [0:4]"]
+    assert list(figure.layout.yaxis.ticktext) == ["scores 4…13", "boxes 0…3"]
     assert list(trace(figure, "SQNR").x) == [-1.2, 38.0]
     assert list(trace(figure, "largest |value|").x) == [1.0, 640.0]
 

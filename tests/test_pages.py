@@ -33,7 +33,7 @@ from inspector.comparison import (
 from inspector.errors import ModelError
 from inspector.render import comparison_json, read_comparison
 from inspector.store import FeedSource, Workspace
-from inspector.web import forms, session, tasks
+from inspector.web import forms, session, tables, tasks
 from inspector.web.words import md_code, md_text
 from tests.samples import ROOT, array, floats, model, qdq_of, save
 
@@ -417,6 +417,64 @@ def test_a_match_is_refused_and_taken_back(loaded: Workspace) -> None:
     assert loaded.run(run).pins == ()
 
 
+def test_a_refused_tensor_stays_in_view_with_its_undo(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    name = "/head/Sigmoid_output_0"
+    test = opened(app("tensors", run=run, tensor=name), f"match-{run}")
+    test.button(key="match-refuse").click().run()
+    wait(test, lambda page: "refused by hand" in words(page))
+    assert [each.value for each in test.toast] == [md_text(f"{name} is not compared any more")]
+    assert test.query_params["tensor"] == name
+    assert not test.metric, "nothing of another tensor"
+    box = next(each for each in test.selectbox if each.label == "Tensor")
+    assert box.value == name
+    assert box.options[-1] == f"{name} · refused"
+    box.select("output0").run()
+    box = next(each for each in test.selectbox if each.label == "Tensor")
+    box.select(name).run()
+    assert "refused by hand" in words(test)
+    test.button(key="lost-match-undo").click().run()
+    wait(test, lambda page: bool(page.metric))
+    assert test.query_params["tensor"] == name
+    assert [each.value for each in test.toast] == [md_text(f"{name} is left to the rules again")]
+
+
+def test_refusing_without_a_tensor_in_the_address_stays_on_the_one_that_was_shown(
+    loaded: Workspace,
+) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    test = opened(app("tensors", run=run), f"match-{run}")
+    test.button(key="match-refuse").click().run()
+    assert test.query_params["tensor"] == "output0"
+
+
+def test_all_tensors_of_the_report_are_formatted_as_on_the_overview(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    tables_of = [
+        {table.proto.arrow_data.styler.display_values for table in page.dataframe}
+        for page in (app("overview", run=run), opened(app("report", run=run), "all-tensors"))
+    ]
+    assert any(table for table in tables_of[0] & tables_of[1])
+
+
+def test_the_selected_node_keeps_the_sign_of_its_state(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    comparison = read_comparison(loaded.comparison(run))
+    frame = tables.nodes(comparison, (), selected="/head/Sigmoid")
+    signs = dict(zip(frame["name"], frame["sign"], strict=True))
+    other = dict(zip(*(tables.nodes(comparison, ())[c] for c in ("name", "sign")), strict=True))
+    assert signs["/head/Sigmoid"] == f"▸{other['/head/Sigmoid']}"
+    assert [name for name, sign in signs.items() if sign.startswith("▸")] == ["/head/Sigmoid"]
+
+
+def test_what_the_figures_rest_on_says_each_thing_once(loaded: Workspace) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    found = texts(opened(app("overview", run=run), "basis"))
+    assert "12 samples. Which samples calibrated the loaded file is not known." in found
+    assert "– where it has none" in found, "steps of an output without a scale"
+    assert "Observed, float model" in texts(app("tensors", run=run, tensor="output0"))
+
+
 def test_a_tensor_is_pinned_to_another_of_fitting_shape(loaded: Workspace) -> None:
     run = loaded.runs(loaded.current_pair() or "")[0].id
     name = "/head/Sigmoid_output_0"
@@ -424,7 +482,9 @@ def test_a_tensor_is_pinned_to_another_of_fitting_shape(loaded: Workspace) -> No
     key = f"match-partner-{run}"
     wait(test, lambda page: any(box.key == key for box in page.selectbox))
     box = test.selectbox(key=key)
-    assert "/head/Sigmoid_output_0_DequantizeLinear_Output" not in box.options, "it is that one"
+    names = [option.split(" · ")[0] for option in box.options]
+    assert "/head/Sigmoid_output_0_DequantizeLinear_Output" not in names, "it is that one"
+    assert all(re.search(r" · .*\[\d+( × \d+)*\]$", option) for option in box.options)
     assert test.button(key="match-pin").disabled
     box.select("/head/Sigmoid_output_0").run()
     test.button(key="match-pin").click().run()
@@ -632,6 +692,20 @@ def test_feeds_that_do_not_fit_are_said_before_anything_is_compared(
     test.text_input(key="path-inputs").set_value(str(tmp_path / "nothing.npz")).run()
     wait(test, lambda page: "nothing.npz" in words(page) and len(page.error) == 1)
     assert test.button(key="compare").disabled
+    assert "Still missing: a float model." not in words(test)
+    assert "Put right what is said above first." in words(test)
+
+
+def test_a_form_that_is_not_complete_says_what_is_missing(empty: Workspace) -> None:
+    test = app("models")
+    said = "Still missing: a float model and inputs. A quantized model is optional."
+    assert said in words(test)
+    test.text_input(key="path-float").set_value(str(SAMPLE / "float.onnx")).run()
+    assert "Still missing: inputs." in words(test)
+    next(each for each in test.button_group if each.key == "way-inputs").set_value("random")
+    test.run()
+    assert "Still missing" not in words(test)
+    assert not test.button(key="compare").disabled
 
 
 @pytest.mark.parametrize("run", ["0123abc", "../../etc", "`x`"])

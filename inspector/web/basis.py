@@ -21,6 +21,10 @@ from inspector.web.session import View, compared
 from inspector.web.words import md_code, md_text
 
 _SHOWN_PAIRS = 8
+_STEPS = (
+    "Apart by steps of the output's own scale; – where it has none: a warning then counts in 255 "
+    "steps of its range."
+)
 
 
 def line(comparison: Comparison) -> str:
@@ -77,7 +81,7 @@ def _everything(view: View, key: str) -> None:
         )
     st.table(_facts(comparison), border="horizontal", hide_header=True)
     matches.pinned(view, key=key)
-    _section("Simulated against deployed", tables.deployed(comparison), comparison.outputs)
+    _section("Simulated against deployed", tables.deployed(comparison), comparison.outputs, _STEPS)
     _remedies(comparison)
     _section(
         "NaN or infinity",
@@ -112,8 +116,10 @@ def _section(title: str, frame: pd.DataFrame, records: Sequence[Any], meaning: s
 def _facts(comparison: Comparison) -> pd.DataFrame:
     label, meaning = widgets.samples_label(comparison)
     provider = md_text(_short_provider(comparison.provider))
+    # The sentence says what the label's mark does.
+    samples = f"{label.partition(', ')[0]}. {meaning}" if meaning else label
     rows = [
-        ("Samples", f"{label}. {meaning}".strip()),
+        ("Samples", samples),
         (
             "Optimisations",
             f"simulated: off, on the CPU; deployed: all, on {provider}",

@@ -275,7 +275,7 @@ def tensor_tiles(record: ActivationError | WeightError) -> list[Tile]:
             if clipped is None
             else f"low {format_percent(record.saturated_low_fraction)} · "
             f"high {format_percent(record.saturated_high_fraction)}",
-            f"Observed {format_number(record.observed_low)} … "
+            f"Observed in the float model {format_number(record.observed_low)} … "
             f"{format_number(record.observed_high)}; representable "
             f"{format_number(record.representable_low)} … "
             f"{format_number(record.representable_high)}.",

@@ -159,6 +159,23 @@ class Chosen:
     title: str
 
 
+def lacking(chosen: Chosen | None, fits: bool) -> str:
+    """Why the pair cannot be compared yet, in one line; "" where it can.
+
+    Args:
+        chosen: None where something chosen cannot be right.
+        fits: whether the first feed can be read.
+    """
+    if chosen is None or not fits:
+        return "Put right what is said above first."
+    missing = [] if chosen.float_path else ["a float model"]
+    missing += [] if chosen.inputs else ["inputs"]
+    if not missing:
+        return ""
+    optional = "" if chosen.quantized_path else " A quantized model is optional."
+    return f"Still missing: {' and '.join(missing)}.{optional}"
+
+
 Side = Literal["float", "quantized"]
 
 
@@ -266,7 +283,7 @@ def preprocess_form(key: str) -> dict[str, Any] | None:
     titles = {
         "yolo": "YOLO (letterbox, 0…1)",
         "torchvision": "torchvision (ImageNet)",
-        "tf": "TF (−1…1)",
+        "tf": "TF (-1…1)",
         "bgr": "Raw BGR (0…255)",
     }
     name = st.segmented_control(

@@ -32,6 +32,15 @@ def _apply(view: View, name: str, pin: Pin | None) -> None:
     """Compares the run anew with another pin for one tensor, or with none."""
     kept = [each for each in view.comparison.pins if each.float_name != name]
     session.dismiss_problem()
+    session.select_tensor(name)  # the view stays on it, compared or not
+    shown = shorten_name(name, 60)
+    if pin is None:
+        said = f"{shown} is left to the rules again"
+    elif pin.quantized_name is None:
+        said = f"{shown} is not compared any more"
+    else:
+        said = f"{shown} is compared with {shorten_name(pin.quantized_name, 60)}"
+    session.say_when_rematched(said)
     session.follow(
         session.worker().submit(
             tasks.rematch,
@@ -65,6 +74,11 @@ def unmatched_of(view: View, name: str) -> Unmatched | None:
     return next(
         (u for u in view.comparison.unmatched if u.model == "float" and u.name == name), None
     )
+
+
+def refused(view: View) -> list[str]:
+    """The float tensors whose match was refused by hand."""
+    return [pin.float_name for pin in view.comparison.pins if pin.quantized_name is None]
 
 
 def choice(view: View, name: str, *, key: str) -> None:
@@ -125,6 +139,8 @@ def _other(view: View, name: str, partner: str, key: str) -> None:
         return
     fitting = candidates(name, answer.value["float"], answer.value["quantized"])
     fitting = [each for each in fitting if each != partner]
+    told = {str(each["name"]): _told(each) for each in answer.value["quantized"]}
+    own = next((_told(each) for each in answer.value["float"] if each["name"] == name), "")
     some = f"the nearest {MOST_CHOICES} of {len(fitting):,} by name; type any other"
     box, button = st.columns([4, 1], vertical_alignment="bottom", gap="small")
     chosen = box.selectbox(
@@ -133,9 +149,9 @@ def _other(view: View, name: str, partner: str, key: str) -> None:
         index=None,
         placeholder="Choose or type a name" if fitting else "None has its shape; type a name",
         key=f"{key}-partner-{view.run.id}",
-        format_func=lambda each: shorten_name(each, 70),
+        format_func=lambda each: f"{shorten_name(each, 44)}{told.get(each, '')}",
         accept_new_options=True,
-        help=f"Tensors of fitting shape: {some}." if len(fitting) > MOST_CHOICES else None,
+        help=f"This one{own}. Of fitting shape: {some if len(fitting) > MOST_CHOICES else 'all'}.",
     )
     button.button(
         "Pin",
@@ -147,6 +163,13 @@ def _other(view: View, name: str, partner: str, key: str) -> None:
         args=(view, name, Pin(float_name=name, quantized_name=chosen or "")),
         help="Keeps this match with the run and compares the run anew.",
     )
+
+
+def _told(tensor: Mapping[str, Any]) -> str:
+    """A tensor's shape, and its type where it is known, to stand behind its name."""
+    sizes = tensor["shape"]
+    inner = "?" if sizes is None else " × ".join("?" if d is None else str(d) for d in sizes)
+    return f" · {tensor.get('dtype') or ''} [{inner}]".replace("·  [", "· [")
 
 
 def candidates(

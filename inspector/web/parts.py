@@ -58,7 +58,7 @@ def _model_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _model_card(label: str, color: str, stored: StoredModel | None, *, key: str) -> None:
-    with st.container(border=True, height=360, key=f"card-{key}", gap="xsmall"):
+    with st.container(border=True, height="stretch", key=f"card-{key}", gap="xsmall"):
         if stored is None:
             st.markdown(f":{color}[**{label}**]")
             st.markdown("No file: the float model was quantized with the defaults (run 1).")

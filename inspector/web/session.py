@@ -264,6 +264,11 @@ def follow(job_id: str, purpose: str) -> None:
     _followed()[job_id] = purpose
 
 
+def say_when_rematched(sentence: str) -> None:
+    """Shows the sentence once the run was compared anew with a match set by hand."""
+    st.session_state["rematched"] = sentence
+
+
 def active_jobs() -> list[JobStatus]:
     """Unfinished jobs of the workspace's worker, the running one first."""
     jobs = [job for job in worker().jobs() if job.state in ACTIVE]
@@ -324,6 +329,8 @@ def settle() -> str | None:
             st.toast(words.md_text(f"Stopped: {status.title}."))
         elif status.state == "done" and purpose in ("load", "requantize", "rematch"):
             st.session_state.pop("problem", None)
+            if purpose == "rematch" and "rematched" in st.session_state:
+                st.toast(words.md_text(st.session_state.pop("rematched")), icon=":material/link:")
             if purpose == "load":
                 loaded = str(status.result)
             elif purpose == "requantize":

@@ -158,7 +158,7 @@ def tensor_facts(record: ActivationError | WeightError, comparison: Comparison) 
         low, high = record.representable_low, record.representable_high
         rows = [
             (
-                "Observed",
+                "Observed, float model",
                 f"{format_number(record.observed_low)} … {format_number(record.observed_high)}",
             ),
             (
@@ -257,7 +257,7 @@ def nodes(
         rows.append(
             {
                 "float": name in ticked,
-                "sign": "▸" if name == selected else style.SIGNS[style.severity(rank)],
+                "sign": "▸" * (name == selected) + style.SIGNS[style.severity(rank)],
                 "name": name,
                 "node": shorten_name(name, 40),
                 "op": shorten_name(op, 24),
@@ -298,7 +298,7 @@ def node_columns() -> dict[str, Any]:
         "float": st.column_config.CheckboxColumn(
             "Float", width=72, help="Leave this node in float. Select the cell and press Space."
         ),
-        "sign": text("", width=28, help="▸ selected · ● below 10 dB · ▲ below 20 dB · ✓ fine"),
+        "sign": text("", width=36, help="▸ selected · ● below 10 dB · ▲ below 20 dB · ✓ fine"),
         "name": None,
         "node": text("Node", width="medium"),
         "op": text("Op", width=80),

@@ -494,20 +494,30 @@ def op_field(op_types: Sequence[str]) -> str | None:
     )
 
 
-def tensor_field(view: View, order: Sequence[str]) -> None:
-    """The selected tensor, to be chosen from all, worst first."""
-    key = f"tensor-choice-{zlib.crc32(f'{view.run.id}{view.tensor}'.encode()):x}"
-    some = list(order[: tables.MAX_ROWS])
-    if view.tensor not in some:
-        some.append(view.tensor)
+def tensor_field(
+    view: View, order: Sequence[str], *, refused: Sequence[str] = (), shown: str = ""
+) -> None:
+    """The selected tensor, to be chosen from all, worst first.
+
+    Args:
+        refused: tensors that are not compared as their match was refused; they come last.
+        shown: a tensor that is not compared and is looked at instead of the selected one.
+    """
+    now = shown or view.tensor
+    key = f"tensor-choice-{zlib.crc32(f'{view.run.id}{now}{bool(shown)}'.encode()):x}"
+    some = [*order[: tables.MAX_ROWS], *(name for name in refused if name not in order)]
+    if now not in some:
+        some.append(now)
     st.selectbox(
         "Tensor",
         some,
-        index=some.index(view.tensor),
+        index=some.index(now),
         key=key,
-        format_func=lambda name: shorten_name(name, 64),
+        format_func=lambda name: (
+            shorten_name(name, 64) + (" · refused" if name in refused and name not in order else "")
+        ),
         on_change=_chosen,
-        args=(key, view.tensor, session.select_tensor),
+        args=(key, now, session.select_tensor),
         label_visibility="collapsed",
         width=400,
     )
