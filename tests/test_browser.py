@@ -94,6 +94,7 @@ def test_a_user_sees_the_collapse_excludes_the_node_and_gets_the_command_lines_n
         assert re.search(r"run=[0-9a-f]{32}", page.url)
 
 
+@pytest.mark.slow
 def test_a_match_is_pinned_and_its_row_says_so(page: Page, tmp_path: Path) -> None:
     run_id = load_sample(tmp_path, "digit-detector", progress=lambda *_: None)
     name = "/head/Sigmoid_output_0"
@@ -111,6 +112,7 @@ def test_a_match_is_pinned_and_its_row_says_so(page: Page, tmp_path: Path) -> No
         expect(pinned).to_be_visible(timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_hostile_names_become_no_elements(page: Page, tmp_path: Path) -> None:
     run_id = load_hostile(tmp_path)
     said: list[str] = []
