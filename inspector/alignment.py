@@ -145,6 +145,7 @@ class _Group:
         self.doubts: dict[tuple[Op, str], tuple[Op, ...]] = {}
 
     def doubted(self, op: Op, how: str) -> bool:
+        """The question was asked before, and what left it open is still so."""
         both = self.doubts.get((op, how))
         return both is not None and all(
             q in self.free.traits or q in self.waiting.traits for q in both
@@ -176,9 +177,8 @@ class _Aligner(Likeness):
         self.queue: deque[str] = deque()
         self.twins: dict[str, str] = {}  # by quantized value, the float value that came first
         self.fixed: set[str] = set()  # float values that the caller matched
-        self.copies: dict[
-            str, list[Op]
-        ] = {}  # by float value, folded rectifiers that repeat its own
+        # By float value, the rectifiers that give it once more.
+        self.copies: dict[str, list[Op]] = {}
         self.reshaped: set[Op] = set()  # float nodes whose twin reads a reshaped operand
 
     def run(self, anchors: Mapping[str, Twin], ends: Mapping[str, str]) -> Alignment:
