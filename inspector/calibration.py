@@ -1,13 +1,14 @@
 """The ranges that activations take on calibration feeds, and their cache on disk.
 
-ONNX Runtime's own calibrators observe the ranges; this module feeds them one sample at a time,
-refuses what they would silently spoil (NaN, infinity, ragged batches in a histogram), and keeps
-the result under a key of our own. ONNX Runtime checks its cache file for the method only and takes
-ranges of another model without a word, so our key covers the model's bytes, the feeds' contents
-and every option that changes a range.
+`observers` gathers what ONNX Runtime's calibrators would, in the memory of one sample and for
+samples of any shapes; where the installed version does not agree with it on a small model, that
+version's own calibrators run instead. This module refuses samples that would silently spoil the
+ranges (NaN, infinity) and keeps the result under a key of our own. ONNX Runtime checks its cache
+file for the method only and takes ranges of another model without a word, so our key covers the
+model's bytes, the feeds' contents and every option that changes a range.
 
 The file is the one `quantize_static(..., calibration_cache_path=...)` reads: re-quantizing with
-other exclusions runs no sample.
+other exclusions runs no sample, and one run over the samples serves all methods.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache as cached
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -45,7 +50,9 @@ from onnxruntime.quantization.registry import (
 from inspector.errors import CalibrationError
 from inspector.feeds import Feeds
 from inspector.model import Model
-from inspector.runtime import ORT_ERRORS, Feed, Progress, no_progress, runtime_version
+from inspector.model_files import load_model
+from inspector.observers import DEFAULT_PERCENTILE, RangeMethod, Samples, observe, passes_over
+from inspector.runtime import ORT_ERRORS, Feed, Progress, no_progress, part_of, runtime_version
 
 METHODS: dict[str, CalibrationMethod] = {
     "minmax": CalibrationMethod.MinMax,
@@ -120,7 +127,9 @@ class FeedReader(CalibrationDataReader):  # type: ignore[misc]
         feeds: what to calibrate on.
         input_names: inputs of the model; other entries of a feed are left out.
         limit: at most as many samples.
-        equal_shapes: refuse a sample whose shapes differ from the first one's.
+        equal_shapes: refuse a sample whose shapes differ from the first one's; only ONNX Runtime's
+            own calibrators for entropy and percentile need it.
+        purpose: what this run is for, behind the progress of each sample.
         progress: called before each sample; what it raises ends the calibration.
 
     Attributes:
@@ -135,6 +144,7 @@ class FeedReader(CalibrationDataReader):  # type: ignore[misc]
         *,
         limit: int | None = None,
         equal_shapes: bool = False,
+        purpose: str = "",
         progress: Progress = no_progress,
     ) -> None:
         self._feeds = feeds
@@ -142,6 +152,7 @@ class FeedReader(CalibrationDataReader):  # type: ignore[misc]
         self._count = len(feeds) if limit is None else min(limit, len(feeds))
         self._iterator: Iterator[Feed] = islice(iter(feeds), self._count)
         self._equal_shapes = equal_shapes
+        self._purpose = purpose
         self._progress = progress
         self._first: dict[str, tuple[int, ...]] = {}
         self.current = ""
@@ -158,7 +169,7 @@ class FeedReader(CalibrationDataReader):  # type: ignore[misc]
         """
         self._progress(
             self.handed / max(self._count, 1),
-            f"calibrating: sample {self.handed + 1} of {len(self)}"
+            f"calibrating: sample {self.handed + 1} of {len(self)}{self._purpose}"
             if self.handed < self._count
             else "calibrating: working out the ranges",
         )
@@ -273,6 +284,9 @@ def calibrate(
 ) -> Calibration:
     """The ranges of a model's activations on some feeds, from the cache where they are there.
 
+    Samples may differ in shape, and memory does not grow with their number. "minmax" runs every
+    sample once, the others twice.
+
     Args:
         model: the prepared model, loaded from a file that nobody changes any more.
         feeds: what to observe.
@@ -285,11 +299,57 @@ def calibrate(
         progress: called before every sample; what it raises ends the calibration.
 
     Raises:
-        CalibrationError: no feeds, a sample that is not finite or of another shape, or a
-            calibrator that gave up.
+        CalibrationError: no feeds, a sample that is not finite or that the model does not run on,
+            or infinity inside the model where a histogram is needed.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown calibration method {method!r}, expected one of {[*METHODS]}")
+    found = calibrate_many(
+        model,
+        feeds,
+        methods=[method],
+        percentile=percentile,
+        op_types=op_types,
+        limit=limit,
+        cache=cache,
+        progress=progress,
+    )[method]
+    if isinstance(found, CalibrationError):
+        raise found
+    return found
+
+
+def calibrate_many(
+    model: Model,
+    feeds: Feeds | None,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    percentile: float | None = None,
+    op_types: Sequence[str] = (),
+    limit: int | None = None,
+    cache: Path,
+    progress: Progress = no_progress,
+) -> dict[str, Calibration | CalibrationError]:
+    """The ranges by several methods, all from the same two runs over the feeds.
+
+    Each method's file is the one that `calibrate` writes, under the same key. Files that are there
+    already are taken, and only the others' samples are run.
+
+    Args:
+        model, feeds, percentile, op_types, limit, cache, progress: as for `calibrate`.
+        methods: out of `METHODS`.
+
+    Returns:
+        By method, in the order asked for: its ranges, or the error that it alone ends in (a
+        histogram cannot hold infinity, MinMax takes it).
+
+    Raises:
+        CalibrationError: what no method can do without: no feeds, a sample that is not finite or
+            that the model does not run on.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"unknown calibration method {method!r}, expected one of {[*METHODS]}")
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ValueError(f"percentile is {percentile!r}, expected a number from 0 to 100")
     if model.path is None:
         raise ValueError("calibration needs a model loaded from a file")
     count = 0 if feeds is None else min(len(feeds), len(feeds) if limit is None else limit)
@@ -298,44 +358,177 @@ def calibrate(
             "static quantization needs calibration feeds, and there are none",
             hint="Name some with --calibration or --inputs, or quantize with --format dynamic.",
         )
-    key = calibration_key(
-        model, feeds, method=method, percentile=percentile, op_types=op_types, limit=limit
-    )
-    path = cache / "calibration" / f"{key}.json"
-    cached = _read(path, method)
-    if cached is not None:
+    found: dict[str, Calibration | CalibrationError] = {}
+    missing: dict[str, Path] = {}
+    for method in dict.fromkeys(methods):
+        key = calibration_key(
+            model, feeds, method=method, percentile=percentile, op_types=op_types, limit=limit
+        )
+        path = cache / "calibration" / f"{key}.json"
+        kept = _read(path, method)
+        if kept is None:
+            missing[method] = path
+        else:
+            found[method] = Calibration(path=path, samples=count, reused=True, notes=_notes(kept))
+    if not missing:
         progress(1.0, "calibration reused from the cache")
-        return Calibration(path=path, samples=count, reused=True, notes=_notes(cached))
-
-    reader = FeedReader(
-        feeds,
-        [i.name for i in model.inputs],
-        limit=limit,
-        equal_shapes=method != "minmax",
-        progress=progress,
+        return {method: found[method] for method in methods}
+    kept_percent = DEFAULT_PERCENTILE if percentile is None else percentile
+    observed = _observed(
+        model,
+        partial(FeedReader, feeds, [i.name for i in model.inputs], limit=limit),
+        [RangeMethod(name=method, percentile=kept_percent) for method in missing],
+        list(op_types) or list(STATIC_OP_TYPES),
+        progress,
     )
-    options = {"percentile": percentile} if method == "percentile" and percentile else {}
+    for (method, path), tensors in zip(missing.items(), observed, strict=True):
+        if isinstance(tensors, CalibrationError):
+            found[method] = tensors
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors_data(tensors, path)
+        found[method] = Calibration(path=path, samples=count, reused=False, notes=_notes(tensors))
+    return {method: found[method] for method in methods}
+
+
+def _observed(
+    model: Model,
+    readers: Callable[..., FeedReader],
+    methods: Sequence[RangeMethod],
+    op_types: Sequence[str],
+    progress: Progress,
+) -> list[TensorsData | CalibrationError]:
+    """What `observe` gives, or ONNX Runtime's calibrators for methods it does not agree on.
+
+    `readers` takes the options of `FeedReader` that differ from one run over the feeds to the next.
+    """
+    own = [method for method in methods if _contract(method.name)]
+    runs = (passes_over(own) if own else 0) + len(methods) - len(own)
+    reader: FeedReader | None = None
+    run = 0
+
+    def next_reader(**options: Any) -> FeedReader:
+        nonlocal reader, run
+        part = part_of(progress, run / runs, (run + 1) / runs)
+        reader = readers(progress=part, **options)
+        run += 1
+        return reader
+
+    def samples() -> Samples:
+        for feed in next_reader(purpose=", again for the histograms" if run else ""):
+            yield reader.current if reader else "", feed
+
+    def failure(error: Exception, method: str) -> CalibrationError:
+        return _failure(error, reader.current if reader else "", method)
+
+    results: dict[RangeMethod, TensorsData | CalibrationError] = {}
+    if own:
+        try:
+            with hushed():
+                found = observe(model, samples, own, op_types=op_types)
+        except CALIBRATOR_ERRORS as error:
+            raise failure(error, own[0].name) from error
+        results.update(zip(own, found, strict=True))
+    for method in methods:
+        if method in results:
+            continue
+        try:
+            results[method] = _by_onnxruntime(
+                model, next_reader(equal_shapes=method.bins > 0), method, op_types
+            )
+        except CalibrationError as error:
+            results[method] = error
+        except CALIBRATOR_ERRORS as error:
+            results[method] = failure(error, method.name)
+    return [results[method] for method in methods]
+
+
+def _by_onnxruntime(
+    model: Model, reader: CalibrationDataReader, method: RangeMethod, op_types: Sequence[str]
+) -> TensorsData:
+    """The ranges by the calibrators that `quantize_static` uses."""
+    options: dict[str, Any] = {}
+    if method.name == "percentile":
+        options["percentile"] = method.percentile
+    if method.symmetric is not None:
+        options["symmetric"] = method.symmetric
+    assert model.path is not None
     with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
         folder = Path(name)
         private = copy_model(model.path, folder)
+        with hushed():
+            calibrator = create_calibrator(
+                private,
+                list(op_types),
+                augmented_model_path=str(folder / "augmented.onnx"),
+                calibrate_method=METHODS[method.name],
+                use_external_data_format=private.with_name(f"{private.name}.data").exists(),
+                extra_options=options,
+            )
+            calibrator.collect_data(reader)
+            tensors: TensorsData = calibrator.compute_data()
+            # Its session holds the file open.
+            del calibrator
+    return tensors
+
+
+class _Listed(CalibrationDataReader):  # type: ignore[misc]
+    """Samples in memory."""
+
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+@cached
+def _contract(method: str) -> bool:
+    """Whether `observe` gives what the installed ONNX Runtime's calibrator does by default.
+
+    Both calibrate a small model on two samples, once per process. `observe` relies on the names
+    and the meaning of ONNX Runtime's HistogramCollector, on the options that `quantize_static`
+    leaves at their defaults, and on which tensors are observed; none of that is promised.
+    """
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["x"], ["r"], name="relu"),
+            helper.make_node("MatMul", ["r", "w"], ["m"], name="matmul"),
+            helper.make_node("Neg", ["m"], ["y"], name="neg"),
+        ],
+        "contract",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor("w", TensorProto.FLOAT, [8, 8], np.linspace(-1, 2, 64))],
+    )
+    generator = np.random.default_rng(0)
+    feeds = [{"x": generator.standard_normal((64, 8)).astype(np.float32)} for _ in range(2)]
+    # Values on the edges of bins.
+    feeds[1]["x"][0] = np.array([0, -0.0, 4, -4, 2, -2, 1, 0.5], np.float32)
+    how = RangeMethod(name=method)
+    op_types = ["MatMul", "Relu"]
+    with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
+        path = Path(name) / "contract.onnx"
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+            path,
+        )
+        model = load_model(path)
         try:
             with hushed():
-                calibrator = create_calibrator(
-                    private,
-                    list(op_types) or list(STATIC_OP_TYPES),
-                    augmented_model_path=str(folder / "augmented.onnx"),
-                    calibrate_method=METHODS[method],
-                    use_external_data_format=private.with_name(f"{private.name}.data").exists(),
-                    extra_options=options,
-                )
-                calibrator.collect_data(reader)
-                tensors: TensorsData = calibrator.compute_data()
-                del calibrator
-        except CALIBRATOR_ERRORS as error:
-            raise _failure(error, reader, method) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors_data(tensors, path)
-    return Calibration(path=path, samples=count, reused=False, notes=_notes(tensors))
+                (found,) = observe(
+                    model, lambda: ((str(i), f) for i, f in enumerate(feeds)), [how],
+                    op_types=op_types,
+                )  # fmt: skip
+                if isinstance(found, CalibrationError):
+                    return False
+                wanted = _by_onnxruntime(model, _Listed(feeds), how, op_types)
+                for at, tensors in enumerate((found, wanted)):
+                    save_tensors_data(tensors, Path(name) / f"{at}.json")
+        except CALIBRATOR_ERRORS:
+            return False
+        texts = [(Path(name) / f"{at}.json").read_text(encoding="utf-8") for at in range(2)]
+        return bool(json.loads(texts[0]) == json.loads(texts[1]))
 
 
 def _read(path: Path, method: str) -> TensorsData | None:
@@ -371,7 +564,7 @@ def _notes(tensors: TensorsData) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _failure(error: Exception, reader: FeedReader, method: str) -> CalibrationError:
+def _failure(error: Exception, sample: str, method: str) -> CalibrationError:
     text = " ".join(str(error).split()) or type(error).__name__
     if "inhomogeneous" in text or "could not broadcast" in text:
         return CalibrationError(
@@ -385,7 +578,7 @@ def _failure(error: Exception, reader: FeedReader, method: str) -> CalibrationEr
             f"NaN on the calibration feeds ({text})",
             hint="Calibrate with --method minmax, and leave the nodes around that tensor in float.",
         )
-    where = f"on sample {reader.current!r}" if reader.current else "before the first sample"
+    where = f"on sample {sample!r}" if sample else "before the first sample"
     return CalibrationError(
         f"calibration fails {where}: {text}",
         hint="Check the sample against the model's inputs (`quant-inspector show`).",

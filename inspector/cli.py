@@ -234,6 +234,13 @@ _RECIPE = _options(
         metavar="N",
         help="Calibrate on the first N calibration feeds only.",
     ),
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="TENSOR=LOW:HIGH",
+        help="This range for a tensor (repeat); or TENSOR=SCALE@ZERO_POINT,TYPE.",
+    ),
 )
 # The options above by their names in a recipe.
 _RECIPE_KEYS = (
@@ -611,7 +618,7 @@ def _read_recipe_file(path: str, float_model: Model) -> QuantConfig:
 
 def _config(options: Mapping[str, Any], base: QuantConfig) -> QuantConfig:
     """The recipe with every option that was given put in its place."""
-    from inspector.recipe import QuantConfig
+    from inspector.recipe import QuantConfig, parse_override
 
     changes = {key: options[key] for key in _RECIPE_KEYS if options[key] is not None}
     op_types = [t.strip() for given in options["op_types"] for t in given.split(",")]
@@ -621,6 +628,8 @@ def _config(options: Mapping[str, Any], base: QuantConfig) -> QuantConfig:
         changes["nodes"] = list(options["nodes"])
     if options["no_preprocess"]:
         changes["preprocess"] = False
+    if options["overrides"]:
+        changes["overrides"] = [parse_override(text).to_json() for text in options["overrides"]]
     config = QuantConfig.from_json({**base.to_json(), **changes})
     if options["percentile"] is not None and config.method != "percentile":
         raise click.UsageError("--percentile goes with --method percentile")
@@ -794,6 +803,220 @@ def quantize(
         for note in notes:
             _say("warning", note)
         return
+    warnings = tuple(dict.fromkeys((*notes, *comparison.warnings)))
+    comparison = _with_paths(comparison, float_model, output)
+    _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)
+
+
+# ---------------------------------------------------------------------------------- recipes
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@_FEEDS
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
+)
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="What is not varied comes from here: JSON or a quantized model.",
+)
+@click.option(
+    "--most",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Try N recipes at most, the most promising first.",
+)
+@click.option("--keep", metavar="FOLDER", help="Keep the models, one file per recipe.")
+@click.option(
+    "--mask",
+    default="",
+    metavar="INPUT",
+    help="Positions where this input is 0 are padding and do not count.",
+)
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    metavar="OUTPUT=INPUT",
+    help="Feed this output back into this input from sample to sample (repeat).",
+)
+@click.option(
+    "--provider",
+    metavar="NAME",
+    default="CPUExecutionProvider",
+    show_default=True,
+    help="ONNX Runtime's execution provider of the deployed runs.",
+)
+@_JSON
+def recipes(
+    float_model: str,
+    recipe: str | None,
+    most: int | None,
+    keep: str | None,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    json_file: str | None,
+    **options: Any,
+) -> int:
+    """Try the recipes that can be, and set beside each other what they give and cost.
+
+    Method, per tensor or channel, symmetry, 8-bit types and range are varied. Ctrl-C shows what is
+    there so far.
+    """
+    if not (options["inputs"] or options["random"]):
+        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    from inspector.feeds import split_calibration
+    from inspector.model_files import load_model
+    from inspector.recipe import QuantConfig
+    from inspector.recipe_table import RecipeResult, recipe_grid, recipes_json, run_recipes
+    from inspector.render import dump_json, recipes_text
+    from inspector.store import Workspace, default_root
+
+    _keep_inputs([float_model, recipe, options["preprocess"]], [json_file])
+    if keep and Path(keep).exists() and not Path(keep).is_dir():
+        raise ReportError(
+            f"{keep} is a file, expected a folder for the models",
+            hint="Name a folder; it is made where there is none.",
+        )
+    model = load_model(float_model)
+    config = QuantConfig() if recipe is None else _read_recipe_file(recipe, model)
+    carried = _states(states, model)
+    feeds = _load_feeds(options, model)
+    assert feeds is not None
+    calibration = _load_calibration(options, model)
+    split = split_calibration(feeds, calibration, limit=config.calibration_samples)
+    rows = recipe_grid(config)
+    for note in dict.fromkeys((*model.notes, *feeds.notes)):
+        _say("warning", note)
+    results: list[RecipeResult] = []
+
+    def enough() -> bool:
+        return most is not None and sum(not r.row.reason for r in results) >= most
+
+    stopped = False
+    try:
+        with _progress("trying") as progress:
+            for result in run_recipes(
+                model,
+                feeds,
+                split,
+                rows=rows,
+                cache=Workspace(default_root()).cache,
+                output_folder=Path(keep) if keep else None,
+                mask=mask,
+                states=carried,
+                provider=provider,
+                progress=progress,
+                stop=enough,
+            ):
+                results.append(result)
+    except KeyboardInterrupt:
+        if not any(not r.row.reason for r in results):
+            raise
+        stopped = True
+        _say("note", "stopped: what follows is what was there")
+    table = recipes_json(
+        model,
+        feeds,
+        results,
+        planned=rows,
+        inputs=options["inputs"],
+        calibration=options["calibration"],
+        float_name=float_model,
+    )
+    if json_file:
+        _write(json_file, dump_json(table))
+    if json_file != "-":
+        _print(recipes_text(table))
+    return INTERRUPTED if stopped else 0
+
+
+# ------------------------------------------------------------------------------------- free
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.argument("quantized_model", metavar="QUANTIZED")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The model to write.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    required=True,
+    metavar="X",
+    help="Leave in float (repeat): a node, a pattern of * and ?, or a list ending in .json.",
+)
+@click.option(
+    "--accept-other-model", is_flag=True, help="Use a list that was made for another model."
+)
+@_FEEDS
+@_JSON
+@_TOP
+def free(
+    float_model: str,
+    quantized_model: str,
+    output: str,
+    exclude: tuple[str, ...],
+    accept_other_model: bool,
+    json_file: str | None,
+    top: int,
+    **options: Any,
+) -> None:
+    """Leave nodes of a finished quantized model in float, whatever tool made it.
+
+    Their Q/DQ pairs go and the float model's weights come back; every other scale stays. With
+    feeds the result is compared with the float model.
+    """
+    from inspector.compare import compare_models
+    from inspector.exclusions import check_same_model, resolve
+    from inspector.freed_file import write_freed
+    from inspector.matching import match_tensors
+    from inspector.model_files import load_model
+    from inspector.render import LONGEST_WORD, printable, shorten_name
+    from inspector.rewrite import free_nodes
+
+    paths = [x for x in exclude if x.lower().endswith(".json")]
+    read = [float_model, quantized_model, options["preprocess"], *paths]
+    _keep_inputs(read, [output, json_file])
+    if json_file and not (options["inputs"] or options["random"]):
+        raise click.UsageError("--json writes a comparison: give --inputs PATH, or --random N")
+    reference, quantized = load_model(float_model), load_model(quantized_model)
+    lists = _read_lists(paths)
+    notes = [
+        *reference.notes,
+        *(n for _, held in lists for n in check_same_model(held, reference, accept_other_model)),
+    ]
+    wanted = [
+        *(x for x in exclude if x not in paths),
+        *(entry.name for _, held in lists for entry in held.nodes),
+        *(pattern for _, held in lists for pattern in held.patterns),
+    ]
+    resolved = resolve(wanted, reference)
+    feeds = _load_feeds(options, reference)
+    matching = match_tensors(reference, quantized)
+    freed = free_nodes(reference, quantized, matching, resolved.names)
+    notes += resolved.notes
+    notes += write_freed(
+        freed, output, inputs=[reference, quantized], matching=matching, feeds=feeds
+    )
+    notes = list(dict.fromkeys(notes))
+    result = load_model(output)
+    if json_file != "-":
+        before, after = (f"{m.size_bytes / 1e6:.2f} MB" for m in (quantized, result))
+        _print(printable(f"wrote {output}: {after}, {quantized_model} has {before}"))
+        for effect in freed.effects:
+            lines = (f"  {shorten_name(effect.name, 80)}: {effect.status}", *effect.details)
+            _print("\n    ".join(printable(line, LONGEST_WORD) for line in lines))
+    if feeds is None:
+        for note in notes:
+            _say("warning", note)
+        return
+    with _progress("comparing") as progress:
+        comparison = compare_models(reference, result, feeds, progress=progress)
     warnings = tuple(dict.fromkeys((*notes, *comparison.warnings)))
     comparison = _with_paths(comparison, float_model, output)
     _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)

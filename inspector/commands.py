@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from inspector.calibration import METHODS
 from inspector.prepare import Prepared
@@ -83,12 +87,29 @@ def onnxruntime_call(
     arguments.append(f"    nodes_to_exclude={names!r},")
     options = extra_options(config)
     if options:
-        arguments.append(f"    extra_options={options!r},")
+        arguments.append(f"    extra_options={_literal(options)},")
+    if "TensorQuantOverrides" in options:
+        four_bits = any(each.quant_type.endswith("int4") for each in config.overrides)
+        head += [*(["import ml_dtypes"] if four_bits else []), "import numpy as np"]
     if config.preprocess:
         imports.append("quant_pre_process")
     function = "quantize_static" if config.static else "quantize_dynamic"
     head.append(f"from onnxruntime.quantization import {', '.join(sorted(imports))}")
     return "\n".join([*head, "", *body, f"{function}(", *arguments, ")", ""])
+
+
+def _literal(value: Any) -> str:
+    """A value of `extra_options` as Python that reads it back, under the imports of the call."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, np.ndarray):
+        module = "ml_dtypes" if value.dtype.kind == "V" else "np"
+        return f"np.array({value!s}, {module}.{value.dtype})"
+    return repr(value)
 
 
 def onnxruntime_command(
@@ -117,6 +138,8 @@ def onnxruntime_command(
         missing.append("CalibPercentile")
     if config.op_types:
         missing.append("op_types_to_quantize")
+    if config.overrides:
+        missing.append("TensorQuantOverrides of these kinds")
     if prepared is not None and prepared.lifted_to is not None:
         missing.append(f"a conversion to opset {prepared.lifted_to}")
     names = list(exclude if prepared is None else quantizer_names(prepared, exclude, config))

@@ -7,7 +7,8 @@ silently: what no figure speaks of is in `Comparison.unmatched`, `skipped` or `n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from inspector.devices import DeviceWatch, Dump, fitted, match_names
 from inspector.errors import FeedError, ModelError, RunError
 from inspector.feeds import Feeds
 from inspector.folding import DQ, Q, constant_value
+from inspector.isolation import Isolation
 from inspector.kernels import find_transformer
 from inspector.matching import (
     Matching,
@@ -47,11 +49,21 @@ from inspector.nonfinite import NonFiniteTrace, has_nonfinite, nonfinite_warning
 from inspector.padding import Padding
 from inspector.pairs import PairRunner, feed_for_quantized
 from inspector.qparams import QParams
-from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
+from inspector.runtime import (
+    CPU,
+    Feed,
+    Progress,
+    Session,
+    Tensors,
+    no_progress,
+    open_session,
+    part_of,
+)
 from inspector.scheme import COMPUTES_IN_INTEGERS, QuantFormat, quant_formats, stored_values
 from inspector.states import Carried, States, check_states, likely_states
 from inspector.structure import permutation_of
 from inspector.timing import measure_latency as time_sessions
+from inspector.twin import Reducer
 from inspector.watches import (
     DIFFERENT_STEPS,
     OutputWatch,
@@ -81,6 +93,8 @@ OBSERVED_SAMPLES = 3
 # better than it by the second.
 BROKEN_DB = 10.0
 HEALTHIER_DB = 15.0
+# The models run on a sample while the one before is compared, where its tensors are smaller.
+AHEAD_BYTES = 1 << 29
 # Nodes between a graph output and the tensor that it stands for.
 _CHAIN = 8
 
@@ -439,6 +453,30 @@ def _truly_fused(unmatched: Iterable[Unmatched], compared: set[str]) -> tuple[Un
 # -- the whole ---------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class _Ran:
+    """Both models' tensors for one sample.
+
+    Attributes:
+        feed: as it was given.
+        theirs: the same for the quantized model.
+        own_feed, their_feed: both with the states that the sample before left.
+        reference, actual: the float and the quantized model's tensors.
+    """
+
+    feed: Feed
+    theirs: Feed
+    own_feed: Feed
+    their_feed: Feed
+    reference: Tensors
+    actual: Tensors
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors, at four bytes an element."""
+        return 4 * (self.reference.elements + self.actual.elements)
+
+
 class _Pass:
     """Both models opened as simulated and as deployed, and what watches them sample by sample."""
 
@@ -453,6 +491,8 @@ class _Pass:
         states: States,
         provider: str,
         actual: Dump | None,
+        in_runtime: bool,
+        isolated: bool,
     ) -> None:
         self.float_model, self.quantized_model = float_model, quantized_model
         self.matching = matching
@@ -463,6 +503,13 @@ class _Pass:
         vanishing |= matching.scheme.activations_at_run_time
         also = sorted(n for n in vanishing - pairs if n and n in quantized_model.producers)
         self.runner = PairRunner(float_model, quantized_model, matching, also=also)
+        self.reducer = Reducer()
+        self.in_runtime = in_runtime
+        self.isolation: Isolation | None = None
+        if isolated:
+            self.isolation = Isolation(
+                float_model, quantized_model, self.runner, padding=padding, in_runtime=in_runtime
+            )
         self.refused: list[Skipped] = []
         self.deployed = self._deployed(quantized_model, "quantized", provider)
         self.deployed_float = self._deployed(float_model, "float", provider)
@@ -556,27 +603,70 @@ class _Pass:
             values, _ = self.runner.run(feeds[at], feeds.names[at])
             self.padding.learn(masks[at], values)
 
-    def sample(self, at: int, feed: Feed, name: str, rows: int) -> None:
-        """Runs everything on one sample and lets go of its tensors."""
-        if self.padding is not None:
-            self.padding.use(self.padding.mask_of(feed, name))
+    def all_samples(self, feeds: Feeds, progress: Progress) -> None:
+        """Compares sample by sample; the models run on the next one while one is compared."""
+        coming = iter(feeds)
+
+        def run(at: int) -> _Ran | None:
+            feed = next(coming, None)
+            return None if feed is None else self._run(feed, feeds.names[at])
+
+        with ThreadPoolExecutor(1) as pool:
+            at, ran = 0, run(0)
+            while ran is not None:
+                progress(at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
+                name, rows = feeds.names[at], feeds.rows[at]
+                if ran.size_bytes > AHEAD_BYTES:
+                    further = self._sample(at, ran, name, rows)
+                    # Its tensors go before there are others.
+                    ran = None
+                    if any(further):
+                        self.runner.look_at(*further)
+                    at, ran = at + 1, run(at + 1)
+                    continue
+                later = pool.submit(run, at + 1)
+                further = self._sample(at, ran, name, rows)
+                at, ran = at + 1, later.result()
+                if any(further):
+                    self.runner.look_at(*further)
+                    if ran is not None:
+                        values = self.runner.run_values(
+                            ran.own_feed, feeds.names[at], ran.their_feed
+                        )
+                        ran.reference, ran.actual = values
+
+    def _run(self, feed: Feed, name: str) -> _Ran:
+        """Both models as simulated, on one sample."""
         theirs = feed_for_quantized(self.matching, feed)
         own_feed = self.own_state.into(feed, name)
         their_feed = self.their_state.into(theirs, name)
+        reference, actual = self.runner.run_values(own_feed, name, their_feed)
+        self.own_state.keep(reference)
+        self.their_state.keep(actual)
+        return _Ran(feed, theirs, own_feed, their_feed, reference, actual)
+
+    def _sample(
+        self, at: int, ran: _Ran, name: str, rows: int
+    ) -> tuple[Iterable[str], Iterable[str]]:
+        """Compares one sample and lets go of its tensors.
+
+        Returns:
+            Further tensors of the float and of the quantized model to look at from now on.
+        """
+        feed, theirs = ran.feed, ran.theirs
+        own_feed, their_feed = ran.own_feed, ran.their_feed
+        reference, actual = ran.reference, ran.actual
+        if self.padding is not None:
+            self.padding.use(self.padding.mask_of(feed, name))
         self.warnings += _feed_warnings(name, feed)
-        reference, actual = self.runner.run(own_feed, name, their_feed)
         # What may be bad, by model.
-        suspects: tuple[set[str], set[str]] = (set(self.runner.also[0]), set(self.runner.also[1]))
-        for pair in self.runner.pairs:
-            if pair.name in reference and pair.after in actual:
-                before = actual.get(pair.before) if pair.before else None
-                ours, others = self.watches[pair.name].add(
-                    reference[pair.name], before, actual[pair.after], reference
-                )
-                if ours:
-                    suspects[0].add(pair.name)
-                if others:
-                    suspects[1].update(n for n in (pair.before, pair.after) if n)
+        also = self.runner.also
+        suspects = (
+            self.reducer.suspects(reference, also[0]),
+            self.reducer.suspects(actual, also[1]),
+        )
+        watches = self.watches.values() if self.in_runtime else ()
+        pending = self.reducer.begin(watches, reference, actual)
         own_deployed = self.own_deployed.into(feed, name)
         their_deployed = self.their_deployed.into(theirs, name)
         if self.first is None:
@@ -586,6 +676,27 @@ class _Pass:
         if self.deployed_float is not None and self.deployed is not None:
             shipped_float = self.deployed_float.run(own_deployed, sample=name)
             shipped = self.deployed.run(their_deployed, sample=name)
+        reduced = self.reducer.finish(pending)
+        for pair in self.runner.pairs:
+            if pair.name in reference and pair.after in actual:
+                sums = reduced.get(pair.name)
+                if sums is not None:
+                    ours, others = self.watches[pair.name].take(sums)
+                else:
+                    before = actual.get(pair.before) if pair.before else None
+                    ours, others = self.watches[pair.name].add(
+                        reference[pair.name], before, actual[pair.after], reference
+                    )
+                if ours:
+                    suspects[0].add(pair.name)
+                if others:
+                    suspects[1].update(n for n in (pair.before, pair.after) if n)
+        if self.isolation is not None:
+            self.isolation.add(own_feed, their_feed, reference, actual, name)
+        # Only a few are looked at after this.
+        reference.keep({*self.runner.outputs, *suspects[0], *own_feed, *self.devices})
+        watched = {self.watches[n].pair.after for n in self.devices}
+        actual.keep({*self.runner.outputs.values(), *suspects[1], *their_feed, *watched})
         for output, other in self.runner.outputs.items():
             self._fit(output, reference[output].shape, actual[other].shape)
         simulated = {n: self.as_float(n, actual[o]) for n, o in self.runner.outputs.items()}
@@ -619,7 +730,6 @@ class _Pass:
             self.task.add(rows, {n: reference[n] for n in self.runner.outputs}, simulated)
         self._devices(at, reference, actual, deployed)
         for carried, outputs in (
-            (self.own_state, reference), (self.their_state, actual),
             (self.own_deployed, shipped_float), (self.their_deployed, shipped),
         ):  # fmt: skip
             if outputs:
@@ -628,16 +738,15 @@ class _Pass:
             trace.count({n: values[n] for n in names if has_nonfinite(values[n])}, name)
             for trace, values, names in zip(self.traces, (reference, actual), suspects, strict=True)
         ]
-        del reference, actual
-        if any(fresh):
-            further = [
-                trace.see(ran, name, names) if is_fresh else ()
-                for trace, is_fresh, ran, names in zip(
-                    self.traces, fresh, (own_feed, their_feed), suspects, strict=True
-                )
-            ]
-            if any(further):
-                self.runner.look_at(*further)
+        if not any(fresh):
+            return (), ()
+        first, second = (
+            trace.see(own, name, names) if is_fresh else ()
+            for trace, is_fresh, own, names in zip(
+                self.traces, fresh, (own_feed, their_feed), suspects, strict=True
+            )
+        )
+        return first, second
 
     def _layout(self, output: str, other: str) -> tuple[QParams | None, tuple[int, ...] | None]:
         """How a graph output of the quantized model becomes the float model's.
@@ -741,6 +850,23 @@ class _Pass:
             else:
                 self.skipped.append(record)
         return tuple(found)
+
+    def close(self) -> None:
+        """Ends the threads that reduce."""
+        self.reducer.close()
+        if self.isolation is not None:
+            self.isolation.close()
+
+    def with_isolated(self, record: ActivationError) -> ActivationError:
+        """A record with what its node does wrong by itself, where that was computed."""
+        totals = self.watches[record.name].accumulated
+        if self.isolation is None or totals is None:
+            return record
+        return replace(
+            record,
+            isolated_sqnr_db=self.isolation.isolated_sqnr_db(record.name),
+            added_sqnr_db=self.isolation.added_sqnr_db(record.name, float(totals.signal.sum())),
+        )
 
     def latency(self) -> Latency | None:
         """Both models as deployed, on the first sample."""
@@ -850,6 +976,8 @@ def compare_models(
     actual: Dump | None = None,
     measure_latency: bool = True,
     explain_deployed: bool = True,
+    in_runtime: bool = True,
+    isolated: bool = False,
     progress: Progress = no_progress,
 ) -> Comparison:
     """Every matched weight, activation and output of two models, over all feeds.
@@ -871,6 +999,10 @@ def compare_models(
         measure_latency: time both models, deployed, on the first feed.
         explain_deployed: where deployed and simulated outputs differ, look for the graph
             transformer that makes the difference, which opens a few sessions more.
+        in_runtime: sums are made where the tensors are (`twin`); else all of them in numpy, which
+            takes longer and gives the same to 1e-6.
+        isolated: give every activation its `isolated_sqnr_db` and `added_sqnr_db`, which takes
+            about as long again.
         progress: see `runtime.Progress`.
 
     Raises:
@@ -887,7 +1019,8 @@ def compare_models(
     # The runtime judges the graphs before any of their numbers are computed with.
     run = _Pass(
         float_model, quantized_model, feeds, matching,
-        padding=padding, states=states, provider=provider, actual=actual,
+        padding=padding, states=states, provider=provider, actual=actual, in_runtime=in_runtime,
+        isolated=isolated,
     )  # fmt: skip
     progress(0.06, "comparing weights")
     weights, lost_weights = compare_weights(matching, quantized_model)
@@ -901,9 +1034,8 @@ def compare_models(
         for model, rounded in zip((float_model, quantized_model), run.runner.rounded, strict=True)
         if rounded
     ]
-    for at, feed in enumerate(feeds):
-        progress(0.1 + 0.75 * at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
-        run.sample(at, feed, feeds.names[at], feeds.rows[at])
+    run.all_samples(feeds, part_of(progress, 0.1, 0.85))
+    run.close()
     latency = None
     if measure_latency:
         progress(0.86, "timing both models")
@@ -915,7 +1047,7 @@ def compare_models(
 
     output_names = frozenset(o.name for o in float_model.outputs)
     results = [w.error(output_names) for w in run.watches.values()]
-    activations = tuple(r for r in results if isinstance(r, ActivationError))
+    activations = tuple(run.with_isolated(r) for r in results if isinstance(r, ActivationError))
     outputs = {
         n: w.error(feeds.names, seen, cause=causes.get(n, ("", ""))[0])
         for n, w in run.outputs.items()

@@ -117,6 +117,12 @@ class ActivationError:
         nonfinite_float, nonfinite_quantized: NaN and infinite elements seen.
         is_output: it is a graph output.
         matched_by, note: as for `WeightError`.
+        isolated_sqnr_db: the float model's tensor against the quantized node's output before its
+            own Q, rectified, when it reads the float model's tensors (quantized as it reads them);
+            None for a graph input and where it was not computed.
+        added_sqnr_db: what the quantized model's consumers read against what the float node makes
+            of the tensors that the quantized node read, relative to the float model's tensor; None
+            as for `isolated_sqnr_db`.
     """
 
     name: str
@@ -153,6 +159,8 @@ class ActivationError:
     is_output: bool
     matched_by: str
     note: str = ""
+    isolated_sqnr_db: float | None = None
+    added_sqnr_db: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from inspector.comparison import made_with
 from inspector.errors import ExclusionError, InspectorError, ReportError
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.prepare import Prepared, unknown_node
+from inspector.publishing import give_name
 from inspector.quantize import supported_op_types
 from inspector.recipe import QuantConfig, nearest_names, quantizer_format
 from inspector.scheme import DQ, Q
@@ -313,10 +314,7 @@ def write_exclusions(exclusions: ExclusionList, path: str | os.PathLike[str]) ->
         ) as stream:
             part = stream.name
             stream.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(part, 0o666 & ~mask)
-        os.replace(part, path)
+        give_name(Path(part), path)
     except OSError as error:
         if part:
             Path(part).unlink(missing_ok=True)

@@ -42,6 +42,7 @@ from inspector.comparison import (
     judged_db,
     low_slices,
 )
+from inspector.lab import SchemeRow, Trial
 
 ERROR_STEPS: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0)
 ERROR_COLORS: tuple[str, ...] = ("#2a59c0", "#6077a8", "#8b8e90", "#b5a765", "#dcc54a")
@@ -62,7 +63,6 @@ _HOVER = "%{hovertext}<extra></extra>"
 _DECORATION = "decoration"  # meta of a trace that only repeats or explains points
 _LABEL_SIZE = 11
 _HOVER_WIDTH = 160
-_LABEL_CHAR_PX = 6.4
 _LABEL_LINE_PX = 15.0
 _TICK_PX = 12.0
 _MOST_FALLS = 4
@@ -1444,6 +1444,355 @@ def coverage(comparison: Comparison, dark: bool = False) -> go.Figure:
     figure.update_layout(legend=legend, showlegend=True)
     figure.update_xaxes(visible=False, range=[0, whole])
     figure.update_yaxes(visible=False)
+    return figure
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+RECIPES_HEIGHT = 330
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
+def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (seconds, dB) that no other beats in both, by time."""
+    best, found = -math.inf, []
+    for seconds, db in sorted(points, key=lambda p: (p[0], -_sort_key(p[1]))):
+        if _sort_key(db) > best:
+            best = _sort_key(db)
+            found.append((seconds, db))
+    return found
+
+
+def recipes(
+    rows: Sequence[Mapping[str, Any]],
+    dark: bool = False,
+    *,
+    selected: str = "",
+    current: str = "",
+    title: str | None = None,
+) -> go.Figure:
+    """What each recipe gives against what it takes: deployed SQNR over time, area by file size.
+
+    Args:
+        rows: of a "quant-inspector/recipes" table, best first; strict or not. Those without a
+            figure or a time have no mark.
+        dark: for a dark background.
+        selected: label of the row to mark.
+        current: label of the recipe of the run on screen.
+        title: replaces the sentence.
+    """
+    twins = {r["label"]: r["same_as"] for r in rows if r.get("same_as")}
+    selected, current = twins.get(selected, selected), twins.get(current, current)
+    done = [r for r in rows if r["state"] == "done" and not r.get("same_as")]
+    shown = [r for r in done if r["latency"] is not None and r["deployed_sqnr_db"] is not None]
+    height = RECIPES_HEIGHT
+    if not shown:
+        note = "Each is a mark here as soon as it is tried."
+        if done:
+            note = "No recipe that was tried could be timed."
+        return _nothing(title, "No recipe has a figure yet", note, dark, height)
+    colors = _palette(dark)
+    numbers = [float(r["deployed_sqnr_db"]) for r in shown]
+    times = [float(r["latency"]["median_seconds"]) for r in shown]
+    floats = [float(r["latency"]["float_seconds"]) for r in shown if r["latency"]["float_seconds"]]
+    sizes = [float(r["size_bytes"]) for r in shown]
+    axis = _DecibelAxis.of(numbers)
+    span = max(numbers) - min(numbers)
+    if all(_rail(db) is None for db in numbers):
+        # Recipes lie close together: the usual axis from 0 on would flatten what tells them apart.
+        pad = 0.12 * max(span, 5.0)
+        low, high = min(numbers) - 1.8 * pad, max(numbers) + 1.5 * pad
+        axis = _DecibelAxis(low=low, high=high, rails={}, range=(low, high))
+    whole = f"{len(shown)} of {len(rows)} recipes"
+    notes = [f"{whole}, files that are the same once", "area: size", "dotted: none is better"]
+    margin, bands = {"r": 24, "t": 62, "b": 44}, axis.bands()
+    sentence = _recipes_title(shown, numbers, times)
+    figure = _figure(title, sentence, dark, height, " · ".join(notes), margin=margin, shapes=bands)
+    if axis.rails or span >= 40:
+        figure.update_yaxes(**axis.layout("deployed SQNR, dB", _plot_height(figure)))
+    else:
+        figure.update_yaxes(range=list(axis.range), nticks=7, title_text="deployed SQNR, dB")
+    reach = max([*times, *floats]) * 1000
+    figure.update_xaxes(title_text="latency on this machine, ms", showgrid=False)
+    figure.update_xaxes(range=[0, 1.08 * reach], nticks=10)
+    front = _frontier(list(zip(times, numbers, strict=True)))
+    line = {"color": colors.muted, "width": 1.25, "dash": "dot"}
+    x, y = [1000 * t for t, _ in front], [axis.y(db) for _, db in front]
+    _decorate(figure, "frontier", x, y, "lines", line=line, showlegend=False)
+    if floats:
+        middle = float(np.median(floats))
+        line = {"color": colors.float_model, "width": 1.5}
+        at = 1000 * middle
+        figure.add_shape(type="line", line=line, x0=at, x1=at, yref="paper", y0=0, y1=1)
+        side = "right" if 1000 * middle > 0.8 * reach else "left"
+        where: dict[str, Any] = {
+            "xref": "x",
+            "xanchor": side,
+            "yanchor": "bottom",
+            "font_color": colors.float_model,
+        }
+        shift = {"xshift": -4 if side == "right" else 4}
+        told = f"float {_milliseconds(middle)}"
+        _label(figure, dark, told, 1000 * middle, 0.01, **where, **shift)
+    scale = max(sizes) or 1.0
+    for name, per_channel in (("per channel", True), ("per tensor", False)):
+        chosen = [i for i, r in enumerate(shown) if bool(r["recipe"]["per_channel"]) is per_channel]
+        if not chosen:
+            continue
+        hover = [_recipe_hover(shown[i], numbers[i], times[i], sizes[i]) for i in chosen]
+        true = {"x": [1000 * times[i] for i in chosen], "y": [numbers[i] for i in chosen]}
+        picked = _picked([shown[i]["label"] for i in chosen], hover, true)
+        labels = [shown[i]["label"] for i in chosen]
+        rims = [3.0 if n == selected else 1.0 for n in labels]
+        inks = [colors.accent if n == selected else colors.hover for n in labels]
+        marker: dict[str, Any] = {
+            "size": [8 + 10 * math.sqrt(sizes[i] / scale) for i in chosen],
+            "symbol": "circle" if per_channel else "diamond",
+            "color": _fade(colors.quantized, 0.9 if per_channel else 0.55),
+            "line": {"width": rims, "color": inks},
+        }
+        y = [axis.y(numbers[i]) for i in chosen]
+        _add_marks(figure, name, true["x"], y, picked, marker=marker)
+    figure.update_layout(showlegend=True, legend={"x": 1, "xanchor": "right", "y": 1.01})
+    named = [(0, "best")]
+    mine = next((i for i, r in enumerate(shown) if r["label"] == current), None)
+    if mine is not None:
+        named = [(0, "best, and this run")] if mine == 0 else [*named, (mine, "this run")]
+    for place, word in named:
+        left = 1000 * times[place] > 0.8 * reach
+        where = {"ax": -22 if left else 22, "ay": -16 if place == 0 else 18}
+        where["xanchor"] = "right" if left else "left"
+        _pointer(figure, dark, word, 1000 * times[place], axis.y(numbers[place]), **where)
+    return figure
+
+
+def _recipes_title(
+    rows: Sequence[Mapping[str, Any]], numbers: Sequence[float], times: Sequence[float]
+) -> str:
+    """What one can have for at most 1 dB less than the best."""
+    near = [i for i, db in enumerate(numbers) if _sort_key(db) >= _sort_key(numbers[0]) - 1]
+    fastest = min(near, key=lambda i: times[i], default=0)
+    best = f"{_db(numbers[0])} in {_milliseconds(times[0])}"
+    if len(rows) == 1:
+        return f"The first recipe gives {best}"
+    if times[fastest] >= 0.95 * times[0]:
+        return f"The best recipe gives {best}; none within 1 dB of it is faster"
+    return (
+        f"The best recipe gives {best}; {_escape(rows[fastest]['label'])} {_db(numbers[fastest])} "
+        f"in {_milliseconds(times[fastest])}"
+    )
+
+
+def _recipe_hover(row: Mapping[str, Any], db: float, seconds: float, size: float) -> str:
+    lines = [f"<b>{_told(str(row['label']))}</b>", f"{_db(db)} deployed"]
+    if row["unseen_sqnr_db"] is not None:
+        lines[-1] += f" · {_db(float(row['unseen_sqnr_db']))} on unseen feeds"
+    if row["task"]:
+        lines.append(f"top-1 {_percent(float(row['task']['top1_quantized']))}")
+    lines.append(f"{_milliseconds(seconds)} · {_megabytes(size)}")
+    if row.get("same_as"):
+        lines.append(f"same file as {_told(str(row['same_as']))}")
+    return "<br>".join(lines)
+
+
+# --- the lab: one tensor under another range or scheme -------------------------------------------
+
+MOST_LAB_LEVELS = 256
+_LAB_REACH = 2.0  # a handle this many data ranges away is out of the picture
+
+
+def _lab_view(edges: _Array, trial: Trial) -> tuple[float, float]:
+    """From where to where the lab's picture goes: the data and both handles, unless far away."""
+    width = float(edges[-1] - edges[0]) or abs(float(edges[0])) or 1.0
+    left = min(float(edges[0]), max(trial.low, float(edges[0]) - _LAB_REACH * width))
+    right = max(float(edges[-1]), min(trial.high, float(edges[-1]) + _LAB_REACH * width))
+    room = 0.02 * (right - left)
+    return left - room, right + room
+
+
+def _beyond_end(
+    edges: _Array, counts: _Array, end: float, *, above: bool
+) -> tuple[_Array, _Array, _Array]:
+    """The bins beyond an end: edges cut at it, heights, and how many values lie in each."""
+    cut = np.maximum(edges, end) if above else np.minimum(edges, end)
+    kept = np.diff(cut) > 0
+    if not kept.any():
+        return np.empty(0), np.empty(0), np.empty(0)
+    shares = np.diff(cut)[kept] / np.diff(edges)[kept]
+    first = int(np.flatnonzero(kept)[0])
+    ends = cut[first : first + int(kept.sum()) + 1]
+    return ends, counts[kept], counts[kept] * shares
+
+
+def _lab_notes(trial: Trial) -> str:
+    zero = trial.zero_point
+    parts = [
+        f"step {_real(trial.scale)}",
+        f"zero point {zero:.0f}" if zero == round(zero) else f"offset {_real(zero)} steps",
+        f"{trial.level_count:,} levels",
+    ]
+    if trial.noise > 0:
+        parts.append(f"noise: {_percent(trial.clipping_noise / trial.noise)} from clipping")
+    parts.append(f"even rounding alone: {_db(trial.predicted_sqnr_db)}")
+    return " · ".join(parts)
+
+
+def lab_figure(
+    detail: Mapping[str, Any],
+    trial: Trial,
+    *,
+    log: bool = True,
+    title: str | None = None,
+    dark: bool = False,
+) -> go.Figure:
+    """A tensor's values under the grid that is tried: its levels, both handles, what is clipped.
+
+    Args:
+        detail: one tensor's detail as the workbench writes it; its float values are drawn.
+        trial: what the scheme makes of them.
+        log: logarithmic counts; an empty bin then lies on the axis.
+        title: replaces the sentence.
+        dark: for a dark background.
+    """
+    height = 340
+    edges, counts = _floats(detail.get("edges")), _floats(detail.get("float_counts"))
+    outside = _outside(detail, "float")
+    if edges.size < 2 or counts.size != edges.size - 1 or not counts.sum() + sum(outside):
+        sentence = f"{_tensor(detail)} holds no finite value"
+        return _nothing(title, sentence, "There is nothing to quantize.", dark, height)
+    colors = _palette(dark)
+    shares = trial.clipped_low_fraction, trial.clipped_high_fraction
+    lost = f"{_percent(sum(shares))} is clipped" if sum(shares) else "nothing is clipped"
+    said = f"{_escape(trial.scheme.title)} gives {_db(trial.sqnr_db)}: {lost}"
+    y_axis, floor = _count_axis(float(counts.max()), log)
+    view = _lab_view(edges, trial)
+    figure = _figure(title, said, dark, height, _lab_notes(trial), margin={"t": 88, "b": 48})
+    figure.update_layout(hovermode="x", legend_y=1.1)  # the handles' labels stand between
+    figure.update_yaxes(**y_axis)
+    x_title = "value, in the tensor's own units"
+    figure.update_xaxes(range=list(view), title_text=x_title, ticklabelstandoff=6)
+    line = {"width": 0.5, "color": colors.float_model}
+    filled = {"fill": "tozeroy", "fillcolor": _fade(colors.float_model, 0.55)}
+    _add_outline(figure, "float", edges, counts, floor, line=line, **filled)
+    lossy = ERROR_COLORS[0]
+    for side, end, share in zip(("below", "above"), (trial.clip_low, trial.clip_high), shares,
+                                strict=True):  # fmt: skip
+        ends, heights, numbers = _beyond_end(edges, counts, end, above=side == "above")
+        if not share or not numbers.any():
+            continue
+        y = np.maximum(heights, floor).tolist()
+        true = {"x": ((ends[:-1] + ends[1:]) / 2).tolist(), "y": numbers.tolist()}
+        hover = [f"{_real(a)} to {_real(b)}: clipped" for a, b in pairwise(ends.tolist())]
+        figure.add_scatter(
+            x=ends.tolist(),
+            y=[*y, y[-1]],
+            mode="lines",
+            name=f"clipped {side}",
+            line={"shape": "hv", "width": 1, "color": lossy},
+            fill="tozeroy",
+            fillcolor=_fade(lossy, 0.75),
+            hovertext=[*hover, hover[-1]],
+            hovertemplate=_HOVER,
+            meta=true,
+        )
+    levels = trial.levels[(trial.levels >= view[0]) & (trial.levels <= view[1])].tolist()
+    if 0 < len(levels) <= MOST_LAB_LEVELS:
+        line = {"width": 1, "color": _fade(colors.quantized, 0.8)}
+        ticks = {"symbol": "line-ns", "size": 12, "line": line}
+        _decorate(figure, "levels", levels, [floor] * len(levels), "markers", marker=ticks)
+    for end, (handle, share) in enumerate(zip((trial.low, trial.high), shares, strict=True)):
+        inside = view[0] <= handle <= view[1]
+        if inside:
+            outer = view[end]
+            veil = {"fillcolor": _fade(colors.accent, 0.1), "line_width": 0, "layer": "below"}
+            figure.add_vrect(x0=min(outer, handle), x1=max(outer, handle), **veil)
+            figure.add_vline(x=handle, line={"color": colors.accent, "width": 2})
+        before, after = "◀ " * (handle < view[0]), " ▶" * (handle > view[1])
+        text = f"{('low', 'high')[end]} {_real(handle)}: {_percent(share)} clipped"
+        color = colors.ink if share else colors.muted
+        where = {"xanchor": ("left", "right")[end], "yanchor": "bottom", "font_color": color}
+        _label(figure, dark, f"{before}{text}{after}", end, 1, **where)
+    _add_outside(figure, outside, edges, dark)
+    return figure
+
+
+def scheme_bars(
+    rows: Sequence[SchemeRow],
+    dark: bool = False,
+    *,
+    selected: str = "",
+    title: str | None = None,
+) -> go.Figure:
+    """SQNR of one tensor under each scheme, best first; published mistakes above what was meant.
+
+    Args:
+        rows: one per scheme.
+        dark: for a dark background.
+        selected: name of the scheme to mark.
+        title: replaces the sentence.
+    """
+    if not rows:
+        note = "Choose at least one scheme."
+        return _nothing(title, "No scheme is compared", note, dark, 160)
+    colors = _palette(dark)
+    ordered = sorted(rows, key=lambda r: -_sort_key((r.correct or r.published).sqnr_db))
+    # Name, label, its figure, what is wrong with it.
+    bars: list[tuple[str, str, Trial, str]] = []
+    for row in ordered:
+        name, label = row.scheme.name, row.scheme.title
+        if row.correct is None:
+            bars.append((name, label, row.published, ""))
+            continue
+        bars.append((name, f"{label}, published", row.published, row.scheme.error))
+        bars.append((row.correct.scheme.name, f"{label}, correct", row.correct, ""))
+    numbers = [each.sqnr_db for _, _, each, _ in bars]
+    first = ordered[0]
+    best = (first.correct or first.published).sqnr_db
+    sentence = f"{_escape(first.scheme.title)} is best: {_db(best)}"
+    alike = sum((r.correct or r.published).sqnr_db > best - 0.1 for r in ordered) - 1
+    if alike > 0 and math.isfinite(best):
+        sentence = f"{sentence}, {alike} other{'s' * (alike > 1)} within 0.1 dB"
+    if all(v == math.inf for v in numbers):
+        sentence = "Every scheme is exact"
+    wrong = any(error for *_, error in bars)
+    notes = "hatched: as published, with a mistake" if wrong else f"{len(bars)} schemes"
+    axis = _DecibelAxis.of(numbers)
+    labels = [_escape(label) for _, label, _, _ in bars]
+    left = int(min(380, 20 + 6.2 * max(len(html.unescape(t)) for t in labels)))
+    height, margin = 112 + 19 * len(bars), {"l": left, "t": 58, "r": 24}
+    figure = _figure(title, sentence, dark, height, notes, margin=margin, showlegend=False)
+    bottom, top = axis.range
+    steps = [v for v in range(int(axis.low), int(axis.high) + 1) if v % 20 == 0]
+    db_range = [bottom, top + 0.14 * (top - bottom)]
+    figure.update_xaxes(range=db_range, tickvals=steps, title_text="SQNR, dB")
+    places = list(range(len(bars)))
+    figure.update_yaxes(tickvals=places, ticktext=labels, range=[len(bars) - 0.4, -0.6])
+    figure.update_yaxes(showgrid=False, tickfont_color=colors.ink)
+    figure.update_layout(bargap=0.3)
+    hover = [
+        f"<b>{text}</b><br>{_db(each.sqnr_db)} · {_percent(each.clipped_fraction)} clipped<br>"
+        f"{_escape(each.scheme.formula)}" + (f"<br>{_escape(error)}" if error else "")
+        for text, (_, _, each, error) in zip(labels, bars, strict=True)
+    ]
+    rims = [2.0 if name == selected else 0.0 for name, *_ in bars]
+    marker = {
+        "color": [error_color(db) for db in numbers],
+        "line": {"width": rims, "color": colors.ink},
+        "pattern": {"shape": ["/" if error else "" for *_, error in bars], "size": 6},
+    }
+    drawn = [axis.y(db) for db in numbers]
+    picked = _picked([name for name, *_ in bars], hover, {"x": numbers, "y": labels})
+    figure.add_bar(x=drawn, y=places, orientation="h", marker=marker, name="SQNR", **picked)
+    where = {"xref": "x", "yref": "y", "xanchor": "left", "xshift": 2, "bgcolor": _CLEAR}
+    for place, at, number in zip(places, drawn, numbers, strict=True):
+        _label(figure, dark, _db(number), max(at, 0.0), place, **where)
     return figure
 
 

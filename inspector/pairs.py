@@ -6,7 +6,9 @@ feeds changed to what the quantized model takes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from numpy.typing import NDArray
 
 from inspector.matching import ActivationPair, InputConversion, Matching
 from inspector.model import FLOAT_DTYPES, Model
-from inspector.runtime import Feed, Session, open_session
+from inspector.runtime import Feed, Session, Tensors, open_session
+
+# Both models run at the same time where they took longer than this one after the other.
+_WORTH_A_THREAD = 0.01
 
 
 class PairRunner:
@@ -35,6 +40,7 @@ class PairRunner:
         outputs: matched outputs that can be read, quantized name by float name.
         unreadable: matched outputs that cannot, with the reason, by float name.
         also: further tensors that are given, of the float and of the quantized model.
+        dtypes: ONNX Runtime's type of every tensor that is given, float model first.
         rounded: whether the float and the quantized model hold half precision, which is rounded
             where it is looked at.
     """
@@ -56,6 +62,8 @@ class PairRunner:
         )
         self.also: tuple[tuple[str, ...], tuple[str, ...]] = ((), tuple(also))
         self._float, self._quantized = self._sessions()
+        self._seconds = 0.0
+        self.dtypes = self._float.output_dtypes, self._quantized.output_dtypes
         # Without a kernel for half precision the runtime computes in float32 and rounds only what
         # is looked at. Outputs are to be what they are when nobody looks.
         self.rounded = tuple(
@@ -140,18 +148,37 @@ class PairRunner:
             sample: its name, for messages.
             quantized_feed: the quantized model's own; by default made of `feed`.
         """
+        reference, actual = self.run_values(feed, sample, quantized_feed)
+        return dict(reference), dict(actual)
+
+    def run_values(
+        self, feed: Feed, sample: str, quantized_feed: Feed | None = None
+    ) -> tuple[Tensors, Tensors]:
+        """As `run`, with the tensors left where the runtime has put them."""
         if quantized_feed is None:
             quantized_feed = feed_for_quantized(self.matching, feed)
         feeds = (feed, quantized_feed)
-        found: list[dict[str, NDArray[Any]]] = []
-        for side, session in enumerate((self._float, self._quantized)):
-            values = session.run(feeds[side], self._names(side), sample=sample)
+
+        def side_of(side: int) -> Tensors:
+            session = (self._float, self._quantized)[side]
+            values: dict[str, Any] = dict(feeds[side])
+            values |= session.run_values(feeds[side], self._names(side), sample=sample)
             alone = self._alone[side]
             if alone is not None:
                 outputs = (tuple(self.outputs), tuple(self.outputs.values()))[side]
                 values |= alone.run(feeds[side], outputs, sample=sample)
-            found.append(dict(feeds[side]) | values)
-        return found[0], found[1]
+            return Tensors(values)
+
+        begin = time.perf_counter()
+        if self._seconds < _WORTH_A_THREAD:
+            found = side_of(0), side_of(1)
+        else:
+            # Neither model keeps all cores busy alone.
+            with ThreadPoolExecutor(1) as pool:
+                other = pool.submit(side_of, 1)
+                found = side_of(0), other.result()
+        self._seconds = time.perf_counter() - begin
+        return found
 
 
 def _debug_session(model: Model, tensors: Sequence[str]) -> Session:

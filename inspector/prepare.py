@@ -170,7 +170,8 @@ def _wanted_opset(config: QuantConfig) -> int | None:
     wide = {"int16", "uint16", "int4", "uint4"}
     if config.format != "qdq":
         return None
-    if config.activation_type in wide or config.weight_type in wide:
+    given = {each.quant_type for each in config.overrides}
+    if wide & {config.activation_type, config.weight_type, *given}:
         return WIDE_TYPES_OPSET
     return PER_CHANNEL_OPSET if config.per_channel else None
 

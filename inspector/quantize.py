@@ -1,8 +1,9 @@
 """Make a quantized model, exactly as ONNX Runtime's own quantizer would.
 
 Three steps: *prepare* (ONNX Runtime's pre-processing, in a private copy that is kept on disk),
-*calibrate* (see `calibration`) and the public `quantize_static` or `quantize_dynamic`. The bytes
-are those that the public functions write from the same prepared file. Every result is loaded and
+*calibrate* (see `calibration`) and quantizing: QDQ in memory (see `quantizer`), everything else
+through the public `quantize_static` or `quantize_dynamic`. The bytes are those that the public
+functions write from the same prepared file. Every result is loaded and
 run on one sample before it gets the name that was asked for: ONNX Runtime writes files that do
 not load (per channel below opset 13, float16 at opset 17) without a word.
 
@@ -12,19 +13,21 @@ which node of the prepared model took each of them over.
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx.version_converter
+from google.protobuf.message import EncodeError
 from onnxruntime.quantization import (
     QuantFormat,
     QuantType,
@@ -41,7 +44,7 @@ from inspector.errors import (
     RunError,
 )
 from inspector.feeds import Feeds, random_feeds
-from inspector.model import Model, Node
+from inspector.model import Model, Node, bodies_of
 from inspector.model_files import load_model
 from inspector.prepare import (
     QUANTIZER_ERRORS,
@@ -51,7 +54,16 @@ from inspector.prepare import (
     text_of,
     unknown_node,
 )
-from inspector.recipe import COMPUTE_OPS, QuantConfig, listed
+from inspector.publishing import NOT_RUN, check_place, unfinished_file
+from inspector.quantizer import Quantizer, UnplannableError
+from inspector.recipe import (
+    COMPUTE_OPS,
+    QuantConfig,
+    TensorOverride,
+    check_overrides,
+    listed,
+    override_notes,
+)
 from inspector.runtime import (
     Feed,
     Progress,
@@ -138,7 +150,28 @@ def extra_options(config: QuantConfig) -> dict[str, Any]:
         options["WeightSymmetric"] = config.weight_symmetric
     if config.method == "percentile" and config.percentile is not None and config.static:
         options["CalibPercentile"] = config.percentile
+    if config.overrides:
+        options["TensorQuantOverrides"] = {
+            each.tensor: [_override_options(each)] for each in config.overrides
+        }
     return options
+
+
+def _override_options(override: TensorOverride) -> dict[str, Any]:
+    """One entry of ONNX Runtime's `TensorQuantOverrides`; it takes numbers as numpy arrays only."""
+    values: dict[str, Any] = {}
+    if override.quant_type:
+        values["quant_type"] = QUANT_TYPES[override.quant_type]
+    if override.symmetric is not None:
+        values["symmetric"] = override.symmetric
+    for key, number in (("rmin", override.low), ("rmax", override.high), ("scale", override.scale)):
+        if number is not None:
+            values[key] = np.array(number, np.float32)
+    if override.zero_point is not None:
+        name = override.quant_type
+        dtype = np.dtype(getattr(ml_dtypes, name)) if name.endswith("int4") else np.dtype(name)
+        values["zero_point"] = np.array(override.zero_point, dtype)
+    return values
 
 
 def quantize_model(
@@ -173,6 +206,7 @@ def quantize_model(
     _check_request(model, config, output)
     progress(0.0, "pre-processing the model")
     prepared = prepare(model, config, cache)
+    check_overrides(prepared.model, config)
     excluded = quantizer_names(prepared, exclude, config)
     only = quantizer_names(prepared, config.nodes, config)
     notes = [*model.notes, *prepared.notes, *_coverage_notes(prepared.model, config)]
@@ -190,22 +224,22 @@ def quantize_model(
         )
         notes += observed.notes
     progress(0.7, "quantizing")
-    with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
-        folder = Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix="quant-inspector-") as name,
+        unfinished_file(output) as target,
+    ):
         assert prepared.model.path is not None
-        source = copy_model(prepared.model.path, folder)
-        (folder / "out").mkdir()
-        target = folder / "out" / output.name
+        source = copy_model(prepared.model.path, Path(name))
+        ranges = None if observed is None else observed.path
         with hushed() as heard:
             try:
-                _run_quantizer(
-                    config,
-                    source,
-                    target,
-                    only,
-                    excluded,
-                    None if observed is None else observed.path,
-                )
+                quantized = None
+                if ranges is not None:
+                    quantized = _in_memory(prepared.model, source, config, ranges, only, excluded)
+                if quantized is not None:
+                    target.write_bytes(quantized)
+                else:
+                    _run_quantizer(config, source, target, only, excluded, ranges)
             except QUANTIZER_ERRORS as error:
                 raise QuantizationError(
                     f"ONNX Runtime's quantizer refuses {model.name}: {shorten(text_of(error))}",
@@ -217,9 +251,10 @@ def quantize_model(
         if _quantization_nodes(result) <= _quantization_nodes(prepared.model):
             raise _nothing_quantized(prepared.model, config, excluded, only)
         notes += _emptied_weights(prepared.model, result)
+        notes += _unrectified(prepared.model, result)
+        notes += override_notes(prepared.model, result, config)
         notes += _try(model, prepared.model, result, config, calibration)
         progress(0.98, "writing the file")
-        _publish(target, output)
     progress(1.0, "quantized")
     return QuantizedModel(
         path=output,
@@ -229,6 +264,70 @@ def quantize_model(
         excluded=excluded,
         calibration_reused=observed is not None and observed.reused,
     )
+
+
+# Loaded quantizers by what they depend on, the latest last. Each holds its model.
+_KEPT_QUANTIZERS = 2
+_quantizers: OrderedDict[tuple[Any, ...], Quantizer] = OrderedDict()
+
+
+def open_quantizer(prepared: Prepared, config: QuantConfig, ranges: Path) -> Quantizer | None:
+    """The in-memory quantizer of a prepared model, kept for the next list.
+
+    None where a recipe or a model takes the public route: another format than QDQ, external data,
+    or another ONNX Runtime than was tested.
+
+    Args:
+        prepared: what `prepare` gave for this recipe.
+        config: the recipe.
+        ranges: the file that `calibrate` wrote.
+    """
+    only = quantizer_names(prepared, config.nodes, config)
+    assert prepared.model.path is not None
+    with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name, hushed():
+        source = copy_model(prepared.model.path, Path(name))
+        return _quantizer(prepared.model, source, config, ranges, only)
+
+
+def _quantizer(
+    prepared: Model, source: Path, config: QuantConfig, ranges: Path, only: Sequence[str]
+) -> Quantizer | None:
+    """See `open_quantizer`; `source` is a private copy of the prepared file."""
+    if source.with_name(f"{source.name}.data").exists():
+        return None
+    key = (prepared.sha256, ranges, json.dumps(config.to_json(), sort_keys=True))
+    if key in _quantizers:
+        _quantizers.move_to_end(key)
+        return _quantizers[key]
+    try:
+        made = Quantizer(source, config, ranges, options=extra_options(config), only=only)
+    except UnplannableError:
+        return None
+    _quantizers[key] = made
+    while len(_quantizers) > _KEPT_QUANTIZERS:
+        _quantizers.popitem(last=False)
+    return made
+
+
+def _in_memory(
+    prepared: Model,
+    source: Path,
+    config: QuantConfig,
+    ranges: Path,
+    only: Sequence[str],
+    excluded: Sequence[str],
+) -> bytes | None:
+    """The quantized file's bytes; None where the public route has to be taken.
+
+    That is also so where ONNX Runtime's quantizer gives up: the public function then says why.
+    """
+    try:
+        quantizer = _quantizer(prepared, source, config, ranges, only)
+        if quantizer is None:
+            return None
+        return bytes(quantizer.quantize(excluded).SerializeToString())
+    except (*QUANTIZER_ERRORS, EncodeError):
+        return None
 
 
 def _quantization_nodes(model: Model) -> int:
@@ -261,14 +360,7 @@ def _check_request(model: Model, config: QuantConfig, output: Path) -> None:
             "ONNX Runtime has no kernels for int8 activations with uint8 weights",
             hint="Use --activation-type uint8, or --weight-type int8.",
         )
-    if output.is_dir():
-        raise QuantizationError(
-            f"{output} is a folder, expected a file to write", hint="Name the .onnx file to write."
-        )
-    if not output.parent.is_dir():
-        raise QuantizationError(
-            f"the folder {output.parent} does not exist", hint="Create it, or name another folder."
-        )
+    check_place(output)
     if model.path is not None and output.exists() and output.samefile(model.path):
         raise QuantizationError(
             f"{output.name} is the float model itself, which is never overwritten",
@@ -340,11 +432,9 @@ def _quantizer_notes(heard: Sequence[str]) -> list[str]:
 def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """The nodes inside the bodies of If, Loop and Scan, at any depth."""
     for node in graph.node:
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.HasField("g") else []
-            for body in (*inner, *attribute.graphs):
-                yield from body.node
-                yield from _bodies(body)
+        for body in bodies_of(node):
+            yield from body.node
+            yield from _bodies(body)
 
 
 def supported_op_types(config: QuantConfig) -> frozenset[str]:
@@ -417,9 +507,6 @@ def _nothing_quantized(
     return QuantizationError(f"nothing was quantized: {why}", hint=hint)
 
 
-_NOT_RUN = "the result loads; it was not run, because no feed fits the model"
-
-
 def _emptied_weights(prepared: Model, result: Model) -> list[str]:
     """Weights of which the quantizer left nothing but zeros, e.g. to make room for a bias."""
     emptied = []
@@ -434,6 +521,20 @@ def _emptied_weights(prepared: Model, result: Model) -> list[str]:
         f"weight {name!r} is all zero after quantization: its scale was widened until the int32 "
         "bias fits; leave its node in float"
         for name in emptied
+    ]
+
+
+def _unrectified(prepared: Model, result: Model) -> list[str]:
+    """Relus and Clips that were folded although a body reads what is behind them."""
+    inside = {i for node in _bodies(prepared.proto.graph) for i in node.input}
+    return [
+        f"{node.name} was folded into the quantization of {node.inputs[0]!r}, but a body of If, "
+        f"Loop or Scan reads {node.outputs[0]!r} and now gets the values before it: leave "
+        f"{node.name} in float"
+        for node in prepared.nodes
+        if node.op_type in ("Relu", "Clip")
+        and node.name not in result.node_by_name
+        and inside.intersection(node.outputs)
     ]
 
 
@@ -464,13 +565,13 @@ def _try(
                 hint=_load_hint(model, config),
             ) from error
         if feed is None:
-            notes.append(_NOT_RUN)
+            notes.append(NOT_RUN)
             continue
         try:
             values = session.run(feed, sample=sample)
         except RunError as error:
             if calibration is None and not _runs(prepared, feed):
-                return [_NOT_RUN]
+                return [NOT_RUN]
             raise QuantizationError(
                 f"the quantized {model.name} does not run on {sample} {how} optimisations: "
                 f"{shorten(error.message)}",
@@ -509,26 +610,3 @@ def _load_hint(model: Model, config: QuantConfig) -> str:
     if config.format != "qdq":
         return "Use --format qdq."
     return "Use int8 or uint8 types, or leave the node named above in float (--exclude)."
-
-
-def _publish(target: Path, output: Path) -> None:
-    """Moves a finished file (its external data first) to where it was asked for, atomically."""
-    try:
-        for file in sorted(target.parent.iterdir(), key=lambda f: f == target):
-            descriptor, part = tempfile.mkstemp(dir=output.parent, prefix=".part-")
-            os.close(descriptor)
-            try:
-                shutil.copyfile(file, part)
-                # mkstemp makes files that only their owner can read.
-                mask = os.umask(0)
-                os.umask(mask)
-                os.chmod(part, 0o666 & ~mask)
-                os.replace(part, output.with_name(file.name))
-            except BaseException:
-                Path(part).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise QuantizationError(
-            f"{output} cannot be written: {error.strerror or error}",
-            hint="Check the folder's permissions and the free space on its disk.",
-        ) from error

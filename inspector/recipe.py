@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from inspector.errors import (
     QuantizationError,
 )
 from inspector.model import FLOAT_DTYPES, Model, Node
+from inspector.qparams import INTEGER_DTYPES, qparams_from_range
 from inspector.scheme import (
     QUANTIZATION_OPS,
     Scheme,
@@ -38,6 +40,142 @@ def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     return [original for lower in close for original in by_lower[lower]][:count]
 
 
+_OVERRIDE_FORM = "TENSOR=LOW:HIGH or TENSOR=SCALE@ZERO_POINT,TYPE"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorOverride:
+    """What one tensor gets instead of what was observed, per tensor.
+
+    Either a range (one end may be left to what was observed) or scale and zero point themselves.
+
+    Attributes:
+        tensor: its name in the prepared model: that in the float file, where pre-processing kept
+            the tensor.
+        quant_type: one of `ACTIVATION_TYPES` or `WEIGHT_TYPES`; "" for the recipe's.
+        low: lower end of the range; widened to 0 where it lies above.
+        high: upper end; widened to 0 where it lies below.
+        scale: the step, above 0.
+        zero_point: the code of 0.0; goes with `scale`, both with `quant_type`.
+        symmetric: zero point in the middle; None for the recipe's. Goes with a range.
+
+    Raises:
+        ValueError: a value that is none of those, values that do not go together, or none at all.
+    """
+
+    tensor: str
+    quant_type: str = ""
+    low: float | None = None
+    high: float | None = None
+    scale: float | None = None
+    zero_point: int | None = None
+    symmetric: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, str) or not self.tensor:
+            raise ValueError(f"the tensor of an override is {self.tensor!r}, expected a name")
+        what = f"the override of {self.tensor!r}"
+        known = dict.fromkeys((*ACTIVATION_TYPES, *WEIGHT_TYPES))
+        if self.quant_type not in ("", *known):
+            raise ValueError(f"{what} has type {self.quant_type!r}, expected {', '.join(known)}")
+        for key in ("low", "high", "scale"):
+            value = getattr(self, key)
+            if value is not None and not (_is_number(value) and _fits_float32(value)):
+                raise ValueError(f"{what} has {key} {value!r}, expected a finite float32 number")
+        if self.symmetric not in (None, True, False):
+            raise ValueError(f"{what} has symmetric {self.symmetric!r}, expected true or false")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"{what} has low {self.low:g} above high {self.high:g}")
+        ranged = self.low is not None or self.high is not None
+        if (self.scale is None) != (self.zero_point is None):
+            raise ValueError(f"{what} has one of scale and zero_point, expected both or none")
+        if self.scale is not None and self.zero_point is not None:
+            if ranged or self.symmetric is not None:
+                raise ValueError(f"{what} has a scale, so low, high and symmetric say nothing more")
+            if not np.float32(self.scale) > 0:
+                raise ValueError(f"{what} has scale {self.scale!r}, expected a number above 0")
+            if not self.quant_type:
+                raise ValueError(f"{what} has a scale, but no quant_type for its zero point")
+            first, last = INTEGER_DTYPES[self.quant_type]
+            whole = isinstance(self.zero_point, int) and not isinstance(self.zero_point, bool)
+            if not whole or not first <= self.zero_point <= last:
+                raise ValueError(
+                    f"{what} has zero_point {self.zero_point!r}, expected {first} to {last}"
+                )
+        elif not (ranged or self.quant_type or self.symmetric is not None):
+            raise ValueError(f"{what} changes nothing")
+
+    def to_json(self) -> dict[str, Any]:
+        """The override as strict JSON values; what is not set is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: value for key, value in values.items() if value not in (None, "")}
+
+    @classmethod
+    def from_json(cls, values: Any) -> TensorOverride:
+        """The override that `to_json` wrote.
+
+        Raises:
+            ValueError: no object, an unknown key, or a value out of its range.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"an override is {type(values).__name__}, expected a JSON object")
+        known = [f.name for f in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown or "tensor" not in values:
+            wrong = f"the option {unknown[0]!r}" if unknown else "no tensor"
+            raise ValueError(f"an override has {wrong}, expected {', '.join(known)}")
+        return cls(**values)
+
+    def to_text(self) -> str:
+        """The override as the command line's `--override` takes it (see `parse_override`)."""
+        if self.scale is not None:
+            parts = [f"{float(self.scale)!r}@{self.zero_point}", self.quant_type]
+        else:
+            ends = ("" if v is None else repr(float(v)) for v in (self.low, self.high))
+            parts = [":".join(ends), self.quant_type]
+        if self.symmetric is not None:
+            parts.append("symmetric" if self.symmetric else "asymmetric")
+        return f"{self.tensor}={','.join(part for part in parts if part)}"
+
+
+def parse_override(text: str) -> TensorOverride:
+    """The override written as ``TENSOR=LOW:HIGH`` or ``TENSOR=SCALE@ZERO_POINT,TYPE``.
+
+    An end that is left out is the observed one. A type and, behind a range, "symmetric" or
+    "asymmetric" may follow, with commas. The last "=" counts: names of tensors may hold others.
+
+    Raises:
+        QuantizationError: another form, or a value out of its range.
+    """
+    tensor, equals, rest = text.rpartition("=")
+    head, *words = (part.strip() for part in rest.split(","))
+    values: dict[str, Any] = {"tensor": tensor}
+    try:
+        if not equals or not (":" in head or "@" in head):
+            raise ValueError("has another form")
+        if "@" in head:
+            scale, _, zero_point = head.partition("@")
+            values |= {"scale": float(scale), "zero_point": int(zero_point)}
+        else:
+            for key, number in zip(("low", "high"), head.split(":", 1), strict=True):
+                values |= {key: float(number)} if number.strip() else {}
+        for word in words:
+            if word in ("symmetric", "asymmetric"):
+                values["symmetric"] = word == "symmetric"
+            else:
+                values["quant_type"] = word
+        return TensorOverride(**values)
+    except ValueError as error:
+        raise QuantizationError(
+            f"the override {text!r} cannot be used: {error}", hint=f"Write {_OVERRIDE_FORM}."
+        ) from error
+
+
+def _fits_float32(value: float) -> bool:
+    with np.errstate(over="ignore"):
+        return math.isfinite(value) and bool(np.isfinite(np.float32(value)))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
     """A recipe: everything about a quantization but the exclusions.
@@ -57,6 +195,7 @@ class QuantConfig:
         nodes: quantize only these nodes of the float file; empty for all.
         preprocess: run ONNX Runtime's pre-processing first.
         calibration_samples: calibrate on at most as many feeds; None for all.
+        overrides: tensors whose range, scale or type is given, each once.
 
     Raises:
         ValueError: a value that is none of those.
@@ -75,6 +214,7 @@ class QuantConfig:
     nodes: tuple[str, ...] = ()
     preprocess: bool = True
     calibration_samples: int | None = None
+    overrides: tuple[TensorOverride, ...] = ()
 
     def __post_init__(self) -> None:
         for key, known in (
@@ -108,6 +248,13 @@ class QuantConfig:
             not isinstance(samples, int) or isinstance(samples, bool) or samples < 1
         ):
             raise ValueError(f"calibration_samples is {samples!r}, expected a whole number above 0")
+        if not isinstance(self.overrides, tuple) or not all(
+            isinstance(each, TensorOverride) for each in self.overrides
+        ):
+            raise ValueError(f"overrides is {self.overrides!r}, expected overrides of tensors")
+        for name, times in Counter(each.tensor for each in self.overrides).items():
+            if times > 1:
+                raise ValueError(f"overrides name {name!r} {times} times, expected each once")
 
     @property
     def static(self) -> bool:
@@ -115,11 +262,16 @@ class QuantConfig:
         return self.format != "dynamic"
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as strict JSON values; keys are our options with underscores."""
-        return {
+        """The recipe as strict JSON values; keys are our options with underscores.
+
+        "overrides" is there only where there are any.
+        """
+        values = {
             f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
             for f in fields(self)
         }
+        values["overrides"] = [each.to_json() for each in self.overrides]
+        return values if self.overrides else {k: v for k, v in values.items() if k != "overrides"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -146,6 +298,8 @@ class QuantConfig:
             for key, value in values.items()
         }
         try:
+            if isinstance(plain.get("overrides"), list):
+                plain["overrides"] = tuple(map(TensorOverride.from_json, plain["overrides"]))
             return cls(**plain)
         except (ValueError, TypeError) as error:
             raise QuantizationError(
@@ -168,6 +322,9 @@ def config_options(config: QuantConfig) -> list[str]:
         option = f"--{item.name.replace('_', '-')}"
         if item.name == "preprocess":
             words.append("--no-preprocess")
+        elif item.name == "overrides":
+            for each in config.overrides:
+                words += ["--override", each.to_text()]
         elif isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
         elif isinstance(value, tuple):
@@ -176,6 +333,105 @@ def config_options(config: QuantConfig) -> list[str]:
         else:
             words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
     return words
+
+
+def check_overrides(prepared: Model, config: QuantConfig) -> None:
+    """Refuses overrides that ONNX Runtime would reject with a bare message, or silently ignore.
+
+    ONNX Runtime looks at the first override only.
+
+    Raises:
+        QuantizationError: a tensor that the prepared model has not, or that is not float32; ranges
+            of computed tensors for dynamic quantization; a type that tensor or format cannot have.
+    """
+    if not config.overrides:
+        return
+    tensors = {i.name for i in prepared.inputs} | set(prepared.constant_names)
+    tensors |= {output for node in prepared.nodes for output in node.outputs if output}
+    for each in config.overrides:
+        name = each.tensor
+        if name not in tensors:
+            near = ", ".join(map(repr, nearest_names(name, sorted(tensors))))
+            raise QuantizationError(
+                f"there is no tensor {name!r} to override in the model that is quantized; the "
+                f"nearest names are {near}",
+                hint="Use one of these names (pre-processing fuses some tensors of the file away).",
+            )
+        dtype, constant = prepared.info(name).dtype, name in prepared.constant_names
+        if dtype not in ("unknown", "float32"):
+            raise QuantizationError(
+                f"tensor {name!r} to override is {dtype}, expected float32",
+                hint="Override a float32 tensor, or drop this override.",
+            )
+        if config.format != "qdq" and each.quant_type not in ("", "int8", "uint8"):
+            raise QuantizationError(
+                f"tensor {name!r} to override is {each.quant_type}, and format {config.format} "
+                "takes 8-bit types only",
+                hint="Use --format qdq for 16- and 4-bit types.",
+            )
+        if not constant and not config.static:
+            raise QuantizationError(
+                f"tensor {name!r} to override is computed, and format dynamic finds the ranges of "
+                "those while it runs",
+                hint="Use --format qdq, or override weights only.",
+            )
+        if not constant and each.quant_type not in ("", *ACTIVATION_TYPES):
+            raise QuantizationError(
+                f"tensor {name!r} to override is computed, which {each.quant_type} is not for",
+                hint=f"Use one of the types {', '.join(ACTIVATION_TYPES)}.",
+            )
+
+
+def override_notes(prepared: Model, result: Model, config: QuantConfig) -> list[str]:
+    """Overrides that the finished file does not follow, in sentences.
+
+    A tensor that stays in float, whose Relu or Clip is folded into its quantization, or that has
+    the scale of another (what Reshape, MaxPool and the like hand on), has no parameters of its own.
+    """
+    notes, without = [], []
+    for each in config.overrides:
+        scale = result.constant(f"{each.tensor}_scale")
+        if scale is None:
+            without.append(_without_effect(each.tensor, prepared, result))
+            continue
+        zero_point = result.constant(f"{each.tensor}_zero_point")
+        wanted = [each.scale] if each.scale is not None else []
+        if each.low is not None and each.high is not None and zero_point is not None:
+            # The recipe's own symmetry depends on what the tensor is for: either will do.
+            ways = (True, False) if each.symmetric is None else (each.symmetric,)
+            reduced = (False, True) if config.reduce_range else (False,)
+            wanted = [
+                float(
+                    qparams_from_range(
+                        each.low, each.high, dtype=str(zero_point.dtype), symmetric=way,
+                        reduce_range=less,
+                    ).scale
+                )
+                for way in ways
+                for less in reduced
+            ]  # fmt: skip
+        if wanted and not any(np.allclose(scale, want, rtol=1e-5, atol=0) for want in wanted):
+            notes.append(
+                f"the override of {each.tensor!r} asks for scale {wanted[0]:.6g}, but the "
+                f"quantizer wrote {float(scale.flat[0]):.6g}"
+            )
+    if without:
+        more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+        notes.append(
+            f"without effect: the override of {', '.join(without[:3])}{more}, because the tensor "
+            "stays in float or has no scale of its own"
+        )
+    return notes
+
+
+def _without_effect(tensor: str, prepared: Model, result: Model) -> str:
+    """The tensor's name, with that of the Relu's or Clip's output which has the scale instead."""
+    for node in prepared.consumers.get(tensor, ()):
+        if node.op_type in ("Relu", "Clip"):
+            for output in node.outputs:
+                if result.constant(f"{output}_scale") is not None:
+                    return f"{tensor!r} (its {node.op_type} is folded: override {output!r})"
+    return repr(tensor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

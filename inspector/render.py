@@ -1286,3 +1286,82 @@ def _recipe_text(recipe: Mapping[str, Any]) -> str:
         for key, value in recipe.items()
         if value is not None and value not in ([], ())
     )
+
+
+# ---------------------------------------------------------------------------------- recipes
+
+
+def _recipe_figure(row: Mapping[str, Any], key: str) -> str:
+    return format_db(None if row.get(key) is None else read_number(row[key]))
+
+
+def recipe_finding(table: Mapping[str, Any]) -> str:
+    """One sentence on a table of recipes: the best one, and what it costs beside the float model.
+
+    Args:
+        table: what `recipe_table.recipes_json` made, strict or not.
+    """
+    done = [r for r in table["rows"] if r["state"] == "done"]
+    tried = sum(r["state"] in ("done", "failed") for r in table["rows"])
+    if not done:
+        return f"None of {_count(tried, 'recipe')} gave a model" if tried else "No recipe was tried"
+    best = done[0]
+    figures = _recipe_figure(best, "deployed_sqnr_db")
+    part = best.get("worst_part_sqnr_db")
+    if part is not None and read_number(part) < LOOK_DB:
+        figures += f", but its worst part {format_db(read_number(part))}"
+    return f"Best of {_count(tried, 'recipe')}: {best['label']}, {figures}"
+
+
+def recipes_text(table: Mapping[str, Any]) -> str:
+    """A table of recipes for a terminal: the best first, then what gave no model, and why.
+
+    Args:
+        table: what `recipe_table.recipes_json` made, strict or not.
+    """
+    rows = table["rows"]
+    done = [r for r in rows if r["state"] == "done"]
+    labelled = any(r["task"] for r in done)
+    unseen = any(r["unseen_sqnr_db"] is not None for r in done)
+    kind = "random feeds, no data" if table["random_feeds"] else "unseen: not used in calibration"
+    lines = [recipe_finding(table), "", f"  {_count(table['samples'], 'sample')}, {kind}"]
+    lines.append("  SQNR: of the lowest output, pooled over samples; higher is better")
+    joined = any(r.get("worst_part_sqnr_db") is not None for r in done)
+    header = ["recipe", "deployed", *(["unseen"] if unseen else []), "simulated"]
+    header += ["worst part"] if joined else []
+    header += ["top-1", "as float"] if labelled else []
+    header += ["time", "spread", "size", ""]
+    body, same = [], 0
+    for row in done:
+        latency, task = row["latency"] or {}, row["task"] or {}
+        cells = [row["label"], _recipe_figure(row, "deployed_sqnr_db")]
+        cells += [_recipe_figure(row, "unseen_sqnr_db")] if unseen else []
+        cells.append(_recipe_figure(row, "sqnr_db"))
+        cells += [_recipe_figure(row, "worst_part_sqnr_db")] if joined else []
+        if labelled:
+            cells += [format_percent(task.get(k)) for k in ("top1_quantized", "top1_agreement")]
+        cells += [format_ms(latency.get(k)) for k in ("median_seconds", "spread_seconds")]
+        cells += [format_bytes(row["size_bytes"]), "=" if row.get("same_as") else ""]
+        same += bool(row.get("same_as"))
+        body.append(cells)
+    if body:
+        lines += ["", *_table(header, body, 1)]
+    if same:
+        lines.append("  = the file is the same, byte for byte, as that of a recipe above")
+    for state, title in (("failed", "Gave no model"), ("impossible", "Not possible")):
+        reasons: defaultdict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if row["state"] == state:
+                reasons[row["reason"]].append(row["label"])
+        if reasons:
+            lines += ["", title]
+        for reason, labels in reasons.items():
+            lines.append(f"  {printable(reason, LONGEST_WORD)}")
+            lines += [f"    {label}" for label in labels[:3]]
+            lines += [f"    … {len(labels) - 3:,} more"] if len(labels) > 3 else []
+    waiting = sum(r["state"] == "waiting" for r in rows)
+    if waiting:
+        lines += ["", f"{_count(waiting, 'recipe')} not tried"]
+    if table["command"]:
+        lines += ["", "The best one again:", f"  {table['command']}"]
+    return "\n".join(printable(line, None) for line in lines)

@@ -7,7 +7,8 @@ another execution provider is named; no custom-op libraries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ _CARRIED = frozenset(
         *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
     )
 )
+_KINDS = {
+    np.dtype(np.float32): "tensor(float)",
+    np.dtype(np.float64): "tensor(double)",
+    **{np.dtype(n): f"tensor({n})" for n in ("float16", "int8", "uint8", "int16", "uint16")},
+}
 # How arrays of types that numpy lacks are handed over: their codes, and ONNX's number of the type.
 _CODED_FEEDS: dict[str, tuple[type[np.generic], int]] = {
     "bfloat16": (np.uint16, TensorProto.BFLOAT16),
@@ -180,6 +186,55 @@ class Session:
         Raises:
             RunError: the runtime refused the feed, or an output that cannot be read was asked for.
         """
+        names = self._readable(outputs)
+        if not names:
+            return {}  # ONNX Runtime would take no name for all names
+        try:
+            given = {k: _feedable(v) for k, v in feed.items() if k in self.input_names}
+            values = self._session.run([self._casts.get(n, n) for n in names], given)
+        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
+            raise self._failed(sample, error) from error
+        return dict(zip(names, values, strict=True))
+
+    def run_values(
+        self,
+        feed: Mapping[str, Any],
+        outputs: Iterable[str] | None = None,
+        *,
+        sample: str = "a feed",
+    ) -> dict[str, Any]:
+        """The outputs by name where the runtime has put them; as `run` otherwise.
+
+        Values in `feed` may be where the runtime has put them, too.
+
+        Arrays where the feed holds strings, which cannot be handed over without a copy.
+
+        Raises:
+            RunError: the runtime refused the feed, or an output that cannot be read was asked for.
+        """
+        names = self._readable(outputs)
+        if not names:
+            return {}
+        arrays = [v for n, v in feed.items() if n in self.input_names and isinstance(v, np.ndarray)]
+        if any(v.dtype.kind in "OUS" for v in arrays):
+            return self.run(feed, names, sample=sample)
+        try:
+            given = {}
+            for name, array in feed.items():
+                if name in self.input_names:
+                    value = _feedable(array)
+                    if not isinstance(value, ort.OrtValue):
+                        # It reads the memory of an array as if its elements lay in a row.
+                        value = np.require(value, requirements="C")
+                        value = ort.OrtValue.ortvalue_from_numpy(value)
+                    given[name] = value
+            wanted = [self._casts.get(n, n) for n in names]
+            values = self._session.run_with_ort_values(wanted, given)
+        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
+            raise self._failed(sample, error) from error
+        return dict(zip(names, values, strict=True))
+
+    def _readable(self, outputs: Iterable[str] | None) -> list[str]:
         names = list(self.output_names if outputs is None else outputs)
         for name in names:
             if name in self.unreadable:
@@ -188,17 +243,65 @@ class Session:
                     "expected a tensor of numbers or strings",
                     hint="Leave this output out.",
                 )
-        if not names:
-            return {}  # ONNX Runtime would take no name for all names
-        try:
-            given = {k: _feedable(v) for k, v in feed.items() if k in self.input_names}
-            values = self._session.run([self._casts.get(n, n) for n in names], given)
-        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
-            raise RunError(
-                f"{self.name} does not run on {sample}: {_words(error)}",
-                hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
-            ) from error
-        return dict(zip(names, values, strict=True))
+        return names
+
+    def _failed(self, sample: str, error: Exception) -> RunError:
+        return RunError(
+            f"{self.name} does not run on {sample}: {_words(error)}",
+            hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
+        )
+
+
+class Tensors(Mapping[str, NDArray[Any]]):
+    """Tensors of one run by name, each of which becomes an array only when it is asked for.
+
+    Args:
+        values: as the runtime holds them, or arrays.
+    """
+
+    def __init__(self, values: Mapping[str, ort.OrtValue | NDArray[Any]]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        value = self._values[name]
+        if isinstance(value, ort.OrtValue):
+            value = value.numpy()
+            self._values[name] = value
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def held(self, name: str) -> ort.OrtValue | NDArray[Any]:
+        """A tensor as it is held."""
+        return self._values[name]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        value = self._values[name]
+        return tuple(value.shape() if isinstance(value, ort.OrtValue) else value.shape)
+
+    @property
+    def elements(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(self.shape_of(name)) for name in self._values)
+
+    def kind_of(self, name: str) -> str:
+        """ONNX Runtime's type of a tensor; "" for an array it would not take as it is."""
+        value = self._values[name]
+        if isinstance(value, ort.OrtValue):
+            return str(value.data_type())
+        return _KINDS.get(value.dtype, "") if value.dtype.isnative else ""
+
+    def keep(self, names: Container[str]) -> None:
+        """Lets go of all others."""
+        self._values = {n: v for n, v in self._values.items() if n in names}
 
 
 def _feedable(value: NDArray[Any]) -> Any:
@@ -373,3 +476,73 @@ def run(
 ) -> dict[str, NDArray[Any]]:
     """The outputs of a model on one feed (a session is opened for it)."""
     return open_session(model, optimized=optimized).run(feed, outputs)
+
+
+class BoundSession:
+    """A session of which many inputs stay as they are from run to run.
+
+    Attributes:
+        name: the model's name, for messages.
+        output_names: of the model, in order.
+    """
+
+    def __init__(self, session: Session, bound: Sequence[str]) -> None:
+        """
+        Args:
+            session: an open session.
+            bound: inputs to bind; the others come with every feed.
+        """
+        self.name = session.name
+        self.output_names = session.output_names
+        self._session = session._session
+        self._fed = tuple(n for n in session.input_names if n not in set(bound))
+        self._binding = self._session.io_binding()
+        self._values: dict[str, ort.OrtValue] = {}
+        self._outputs = [session._casts.get(n, n) for n in session.output_names]
+        for output in self._outputs:
+            self._binding.bind_output(output)
+
+    @staticmethod
+    def hold(array: NDArray[Any]) -> ort.OrtValue:
+        """A copy of an array, to be bound by `bind` as often as is wanted."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+
+    def bind(self, name: str, value: ort.OrtValue) -> None:
+        """Gives an input a held value, without a copy."""
+        self._values[name] = value
+        self._binding.bind_ortvalue_input(name, value)
+
+    def set(self, name: str, array: NDArray[Any]) -> None:
+        """Gives an input these values; in place where it has some of this shape and type."""
+        known = self._values.get(name)
+        if known is None or tuple(known.shape()) != array.shape:
+            self.bind(name, self.hold(array))
+        else:
+            known.update_inplace(np.ascontiguousarray(array).reshape(array.shape))
+
+    def run(self, feed: Feed, *, sample: str = "a feed") -> dict[str, NDArray[Any]]:
+        """The outputs by name for one feed.
+
+        Args:
+            feed: arrays by name, for the inputs that are not bound.
+            sample: the feed's name, for messages.
+
+        Raises:
+            RunError: the runtime refused the feed.
+        """
+        try:
+            for name in self._fed:
+                if name in feed:
+                    value = _feedable(feed[name])
+                    if isinstance(value, np.ndarray):
+                        value = ort.OrtValue.ortvalue_from_numpy(value)
+                    self._binding.bind_ortvalue_input(name, value)
+            self._session.run_with_iobinding(self._binding)
+            values = self._binding.get_outputs()
+        except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
+            raise RunError(
+                f"{self.name} does not run on {sample}: {_words(error)}",
+                hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
+            ) from error
+        # Copied: what ONNX Runtime hands out is its own memory.
+        return {n: np.array(v.numpy()) for n, v in zip(self.output_names, values, strict=True)}

@@ -62,7 +62,7 @@ class _Operator:
 
 _ONE = _Operator(tensors=((0, 1, 2, None),), output=(3, 4))
 _TWO = _Operator(tensors=((0, 1, 2, None), (3, 4, 5, None)), output=(6, 7))
-_QOPERATORS: dict[str, _Operator] = {
+QOPERATORS: dict[str, _Operator] = {
     "QLinearConv": _Operator(
         tensors=((0, 1, 2, None), (3, 4, 5, 0)), output=(6, 7), bias=(8, 0, 3)
     ),
@@ -80,7 +80,7 @@ _QOPERATORS: dict[str, _Operator] = {
     "QAttention": _Operator(tensors=((0, 3, 6, None), (1, 4, 7, 1))),
 }
 # Its inputs come in any number, the output's parameters first.
-_CONCAT = "QLinearConcat"
+QCONCAT = "QLinearConcat"
 # Constants stored as integers inside a float operator.
 _QEMBED = _Operator(
     tensors=((2, 8, 13, None), (3, 9, 14, None), (4, 10, 15, None), (5, 11, 16, None),
@@ -121,9 +121,9 @@ _PASS_THROUGH = frozenset(
      "DepthToSpace", "SpaceToDepth", "Tile"}
 )  # fmt: skip
 # May stand between a Q and its DQ: a Clip narrows the codes (fewer bits than the type has).
-_BETWEEN = frozenset({"Identity", "Clip"})
+BETWEEN = frozenset({"Identity", "Clip"})
 QUANTIZATION_OPS = frozenset(
-    {Q, DQ, *_QOPERATORS, _CONCAT, *_STORES, *_DYNAMIC, *_WEIGHT_ONLY, *_NOT_READ}
+    {Q, DQ, *QOPERATORS, QCONCAT, *_STORES, *_DYNAMIC, *_WEIGHT_ONLY, *_NOT_READ}
 )
 
 
@@ -271,7 +271,7 @@ def _formats(views: tuple[_View, ...]) -> tuple[QuantFormat, ...]:
                 stores = True
             elif kind in _DYNAMIC or (kind == "QAttention" and view.runtime_scale(_input(node, 3))):
                 found.add(QuantFormat.DYNAMIC)
-            elif kind in _QOPERATORS or kind == _CONCAT:
+            elif kind in QOPERATORS or kind == QCONCAT:
                 found.add(QuantFormat.QOPERATOR)
             elif kind in _STORES:
                 stores = True
@@ -425,7 +425,7 @@ class _Reader:
     def _integers_of(self, view: _View, node: Node) -> None:
         """A Q whose integers nobody dequantizes: a graph output, or read by integer operators."""
         consumers = view.read_by(node.outputs[0])
-        if any(c.op_type in (DQ, *_PASS_THROUGH, *_BETWEEN) for c in consumers):
+        if any(c.op_type in (DQ, *_PASS_THROUGH, *BETWEEN) for c in consumers):
             return
         try:
             qparams = _node_qparams(view, node)
@@ -504,7 +504,7 @@ def _before(view: _View, node: Node, qparams: QParams) -> tuple[str | None, str,
     note = ""
     maker = view.producers.get(node.inputs[0])
     for _ in range(4):
-        if maker is None or maker.op_type not in _BETWEEN:
+        if maker is None or maker.op_type not in BETWEEN:
             break
         if maker.op_type == "Clip":
             note = f"{maker.name} clips the codes between Q and DQ"
@@ -738,11 +738,11 @@ class _Propagated:
                 self.known[tensor] = _node_qparams(self.view, node)
             except _Unreadable as error:
                 self.reader.skip(self.view, node, str(error))
-        elif kind == _CONCAT:
+        elif kind == QCONCAT:
             for at in range(2, len(node.inputs) - 2, 3):
                 self._see(node, node.inputs[at], node.inputs[at + 1], node.inputs[at + 2], None)
             self._see(node, node.outputs[0], _input(node, 0), _input(node, 1), None)
-        elif (operator := _QOPERATORS.get(kind) or _STORES.get(kind)) is not None:
+        elif (operator := QOPERATORS.get(kind) or _STORES.get(kind)) is not None:
             for at, scale_at, zero_at, columns in operator.tensors:
                 transposed = kind == "QGemm" and node.attributes.get("transB", 0)
                 axis = 0 if transposed and columns is not None else columns
@@ -809,7 +809,7 @@ def read_scheme(model: Model) -> Scheme:
     reader = _Reader()
     for view in views:
         integers = any(
-            n.op_type in _QOPERATORS or n.op_type in _STORES or n.op_type == _CONCAT
+            n.op_type in QOPERATORS or n.op_type in _STORES or n.op_type == QCONCAT
             for n in view.nodes
         )
         reader.read(view, integers=integers)
@@ -859,10 +859,10 @@ def _parameter_names(view: _View, node: Node) -> Iterator[str]:
     kind = node.op_type
     if kind in (Q, DQ):
         yield from node.inputs[1:3]
-    elif kind == _CONCAT:
+    elif kind == QCONCAT:
         yield from node.inputs[:2]
         yield from (name for at, name in enumerate(node.inputs[2:]) if at % 3)
-    elif (operator := _QOPERATORS.get(kind) or _STORES.get(kind)) is not None:
+    elif (operator := QOPERATORS.get(kind) or _STORES.get(kind)) is not None:
         for port in operator.tensors:
             yield from (_input(node, at) for at in port[1:3])
         yield from (_input(node, at) for at in operator.output or ())

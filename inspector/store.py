@@ -10,6 +10,7 @@ is no index in memory and no lock: a file or folder is completed under a private
     feeds/<sha256>/<files>          private copies of uploaded feeds
     pairs/<id>/pair.json            a float and a quantized model, and the feeds they are run on
     pairs/<id>/draft.json           exclusions ticked but not applied yet
+    pairs/<id>/recipes.json         what each recipe gave, as far as they were tried
     runs/<id>/run.json              a recipe, an exclusion list and the headline of what they gave
     runs/<id>/comparison.json       the whole comparison
     runs/<id>/<model file>          the quantized model this run made
@@ -415,6 +416,15 @@ class RunRecord:
         )
 
 
+# The key under which the times of a run's nodes are kept.
+PROFILE_KEY = "profile"
+
+
+def made_by_surgery(run: RunRecord) -> bool:
+    """Its file is the loaded one with nodes freed, and not made by its recipe."""
+    return run.summary.get("way") == "surgery"
+
+
 def detail_key(kind: str, tensor: str, quantized_name: str) -> str:
     """The key under which one pair's values are kept: another partner has other values."""
     return f"{kind}:{tensor}={quantized_name}"
@@ -659,6 +669,14 @@ class Workspace:
 
     def save_draft(self, pair_id: str, draft: Mapping[str, Any]) -> None:
         self._write_json(self._existing("pair", pair_id).with_name("draft.json"), dict(draft))
+
+    def recipes(self, pair_id: str) -> dict[str, Any]:
+        """The table of recipes as far as it was tried; empty where none was."""
+        return self._optional(self._existing("pair", pair_id).with_name("recipes.json")) or {}
+
+    def save_recipes(self, pair_id: str, table: Mapping[str, Any]) -> None:
+        """Replaces a pair's table of recipes: strict JSON."""
+        self._write_json(self._existing("pair", pair_id).with_name("recipes.json"), dict(table))
 
     def current_pair(self) -> str | None:
         """The id of the pair on screen; None where none was chosen or it is gone."""

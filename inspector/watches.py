@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from inspector.metrics import ErrorTotals, decibels, merge_totals, powers, worst
 from inspector.model import Model
 from inspector.padding import Padding
 from inspector.qparams import QParams
+from inspector.runtime import Tensors
 from inspector.stats import saturated_counts, saturated_masks
 
 # Deployed outputs differ from simulated ones where they are further apart than this many steps of
@@ -78,6 +79,31 @@ def _nonfinite(values: NDArray[Any]) -> int:
     return int(values.size - np.count_nonzero(np.isfinite(values)))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSums:
+    """What one sample adds to the figures of an activation pair.
+
+    Attributes:
+        totals: the float model's tensor against what the quantized model's consumers read, per
+            channel where channels are kept apart.
+        low, high: range of the float tensor per channel, float64; None for an empty tensor.
+        local: sums of squares of the tensor before Q (rectified) and of its difference from the
+            one after it, float64, shape (2,); None where there is none.
+        clipped: elements that any Q clips at its low and at its high end.
+        quantized: elements before Q.
+        nonfinite_before, nan_before: of those, the NaN and infinite ones, and the NaN.
+    """
+
+    totals: ErrorTotals
+    low: NDArray[np.float64] | None
+    high: NDArray[np.float64] | None
+    local: NDArray[np.float64] | None = None
+    clipped: tuple[int, int] = (0, 0)
+    quantized: int = 0
+    nonfinite_before: int = 0
+    nan_before: int = 0
+
+
 class TensorWatch:
     """The running sums of one activation pair.
 
@@ -100,6 +126,8 @@ class TensorWatch:
         self.limits = None
         if len(self.stages) == 1 and self.stages[0][0].per_tensor:
             self.limits = self.stages[0][0].representable_range()
+        # What `twin` can take: for the others masks and limits per element are wanted.
+        self.reducible = padding is None and (self.qparams is None or self.limits is not None)
         self.accumulated: ErrorTotals | None = None
         self.local = np.zeros(2)
         self.low: NDArray[np.float64] | None = None
@@ -139,9 +167,7 @@ class TensorWatch:
                 before = None
         else:
             before = None
-        if self.accumulated is None:
-            self.shape = tuple(reference.shape)
-            self.axis = activation_channel_axis(self.model, self.pair.name, reference.ndim)
+        self.meet(reference.shape)
         if self.padding is None:
             return self._add(reference, before, after, float_values)
         name = self.pair.name
@@ -155,6 +181,31 @@ class TensorWatch:
         ]
         return any(a for a, _ in flags), any(b for _, b in flags)
 
+    def meet(self, shape: tuple[int, ...]) -> None:
+        """Learns the channel axis from the shape of the first sample."""
+        if self.accumulated is None:
+            self.shape = tuple(shape)
+            self.axis = activation_channel_axis(self.model, self.pair.name, len(shape))
+
+    def kept_axis(
+        self, shape: tuple[int, ...], float_values: Mapping[str, NDArray[Any]]
+    ) -> int | None:
+        """The axis whose channels are kept apart in a sample; None once samples are ragged.
+
+        Args:
+            shape: of the float tensor, without padding.
+            float_values: tensors of the float model, of which only shapes are looked at.
+        """
+        axis = self.axis
+        if self.accumulated is None:
+            self._channels = 0 if axis is None else shape[axis]
+            self.parts = self._parts(float_values)
+        if axis is not None and (
+            len(shape) != len(self.shape) or shape[axis] != self._channels
+        ):  # fmt: skip
+            self.ragged = True
+        return None if self.ragged else axis
+
     def _add(
         self,
         reference: NDArray[Any],
@@ -162,39 +213,74 @@ class TensorWatch:
         after: NDArray[Any],
         float_values: Mapping[str, NDArray[Any]],
     ) -> tuple[bool, bool]:
-        axis = self.axis
-        if self.accumulated is None:
-            self._channels = 0 if axis is None else reference.shape[axis]
-            self.parts = self._parts(float_values)
-        if axis is not None and (
-            reference.ndim != len(self.shape) or reference.shape[axis] != self._channels
-        ):
-            self.ragged = True
+        axis = self.kept_axis(reference.shape, float_values)
+        return self.take(self.sums_of(reference, before, after, axis))
+
+    def sums_of(
+        self,
+        reference: NDArray[Any],
+        before: NDArray[Any] | None,
+        after: NDArray[Any],
+        axis: int | None,
+    ) -> SampleSums:
+        """The sums of one sample's arrays in float64; nothing is added to the running ones.
+
+        Args:
+            reference: the float model's tensor.
+            before: the quantized model's before Q, in the same layout; None for no local error.
+            after: what its consumers read, as real numbers in the same layout.
+            axis: whose channels are kept apart.
+        """
+        low = high = None
         if reference.size:
-            self._range(reference, None if self.ragged else axis)
+            others = tuple(a for a in range(reference.ndim) if a != axis)
+            with np.errstate(invalid="ignore"):
+                low = np.atleast_1d(reference.min(axis=others)).astype(np.float64)
+                high = np.atleast_1d(reference.max(axis=others)).astype(np.float64)
         reference = np.asarray(reference, np.float64)
         after = np.asarray(after, np.float64)
-        totals = ErrorTotals.of(reference, after, None if self.ragged else axis)
-        lost = 0
-        if before is not None and self.qparams is not None:
-            real = rectify(before, self.pair.rectifiers, self.model)
-            local = powers(real, after)
-            if not math.isfinite(local[0]):
-                # NaN becomes some integer in Q: nothing behind it shows it any more. Infinity
-                # becomes the end of the range, which is as true as any clipped value.
-                lost = _nonfinite(before)
-                nans = int(np.count_nonzero(np.isnan(before)))
-                if nans and not totals.nonfinite_actual:
-                    totals = totals.unknown()
-                    self.unknown = True
-                self.nan_before += nans
-                self.nonfinite_before += lost
-            self.local += local
-            if not self._within(real):
-                self.saturated += self._clipped(real)
-            self.count += int(real.size)
+        totals = ErrorTotals.of(reference, after, axis)
+        if before is None or self.qparams is None:
+            return SampleSums(totals=totals, low=low, high=high)
+        real = rectify(before, self.pair.rectifiers, self.model)
+        local = powers(real, after)
+        lost = nans = 0
+        if not math.isfinite(local[0]):
+            lost = _nonfinite(before)
+            nans = int(np.count_nonzero(np.isnan(before)))
+        return SampleSums(
+            totals=totals,
+            low=low,
+            high=high,
+            local=local,
+            clipped=(0, 0) if self._within(real) else self._clipped(real),
+            quantized=int(real.size),
+            nonfinite_before=lost,
+            nan_before=nans,
+        )
+
+    def take(self, sums: SampleSums) -> tuple[bool, bool]:
+        """Adds one sample's sums; whether the float and the quantized model's are not finite."""
+        self.unknown = False
+        totals = sums.totals
+        if sums.low is not None and sums.high is not None:
+            self._range(sums.low, sums.high)
+        if sums.local is not None:
+            # NaN becomes some integer in Q: nothing behind it shows it any more. Infinity becomes
+            # the end of the range, which is as true as any clipped value.
+            if sums.nan_before and not totals.nonfinite_actual:
+                totals = totals.unknown()
+                self.unknown = True
+            self.nan_before += sums.nan_before
+            self.nonfinite_before += sums.nonfinite_before
+            self.local += sums.local
+            self.saturated += sums.clipped
+            self.count += sums.quantized
         self.accumulated = totals if self.accumulated is None else self.accumulated.merge(totals)
-        return totals.nonfinite_reference > 0, totals.nonfinite_actual > 0 or lost > 0
+        return (
+            totals.nonfinite_reference > 0,
+            totals.nonfinite_actual > 0 or sums.nonfinite_before > 0,
+        )
 
     def _clipped(self, real: NDArray[Any]) -> tuple[int, int]:
         """How many elements any Q clips at its low and at its high end."""
@@ -222,11 +308,7 @@ class TensorWatch:
         low, high = self.limits
         return bool(real.min() >= low and real.max() <= high)
 
-    def _range(self, reference: NDArray[Any], axis: int | None) -> None:
-        others = tuple(a for a in range(reference.ndim) if a != axis)
-        with np.errstate(invalid="ignore"):
-            low = np.atleast_1d(reference.min(axis=others)).astype(np.float64)
-            high = np.atleast_1d(reference.max(axis=others)).astype(np.float64)
+    def _range(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
         if self.low is None or self.high is None:
             self.low, self.high = low, high
             return
@@ -243,8 +325,12 @@ class TensorWatch:
             return None
         parts, start = [], 0
         for name in node.inputs:
-            value = float_values.get(name)
-            shape = value.shape if value is not None else (self.model.info(name).shape or ())
+            shape: Sequence[int | str | None] = self.model.info(name).shape or ()
+            if name in float_values:
+                if isinstance(float_values, Tensors):
+                    shape = float_values.shape_of(name)
+                else:
+                    shape = float_values[name].shape
             size = shape[self.axis] if self.axis < len(shape) else None
             if not isinstance(size, int):
                 return None

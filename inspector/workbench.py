@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import base64
 import io
-import math
+import shlex
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
-from inspector.compare import PairRunner, compare_models, feed_for_quantized, plain
+from inspector.compare import compare_models
 from inspector.comparison import Comparison, Pin, judged_db
+from inspector.details import activation_detail, weight_detail
 from inspector.devices import load_dump
-from inspector.errors import FeedError, ReportError
+from inspector.errors import ExclusionError, FeedError, InspectorError, ReportError
 from inspector.exclusions import (
     ExclusionEntry,
     ExclusionList,
@@ -33,22 +31,37 @@ from inspector.exclusions import (
     resolve,
 )
 from inspector.exclusions import to_json as exclusions_json
-from inspector.feeds import Feeds, image_feeds, load_feeds, random_feeds, split_calibration
+from inspector.feeds import (
+    CalibrationSplit,
+    Feeds,
+    image_feeds,
+    load_feeds,
+    random_feeds,
+    split_calibration,
+)
+from inspector.freed_file import write_freed
 from inspector.images import Preprocess
-from inspector.matching import ActivationPair, Matching, WeightPair, match_tensors, rectify
+from inspector.matching import ActivationPair, WeightPair, match_tensors
 from inspector.model import Model
 from inspector.model_files import load_model
-from inspector.padding import Padding
+from inspector.pairs import feed_for_quantized
 from inspector.prepare import prepare
-from inspector.qparams import INTEGER_DTYPES, QParams
 from inspector.quantize import quantize_model
-from inspector.recipe import QuantConfig, read_recipe
+from inspector.recipe import QuantConfig, quantizer_format, read_recipe
+from inspector.recipe_table import (
+    RecipeResult,
+    recipe_grid,
+    recipe_key,
+    recipes_json,
+    run_recipes,
+)
 from inspector.render import comparison_json, headline, read_comparison, strict
-from inspector.runtime import Progress, available_providers, no_progress, part_of
-from inspector.scheme import count_scheme, read_scheme, stored_values
-from inspector.states import Carried, check_states, likely_states
-from inspector.stats import Histogram, saturated_counts
+from inspector.rewrite import free_nodes
+from inspector.runtime import CPU, Feed, Progress, available_providers, no_progress, part_of
+from inspector.scheme import count_scheme, read_scheme
+from inspector.states import check_states, likely_states
 from inspector.store import (
+    PROFILE_KEY,
     FeedSource,
     PairOptions,
     PairRecord,
@@ -56,14 +69,13 @@ from inspector.store import (
     StoredModel,
     Workspace,
     detail_key,
+    made_by_surgery,
     new_id,
     utc_now,
 )
 from inspector.structure import View
-from inspector.watches import in_float_layout, real_values
+from inspector.timing import profile_nodes, seconds_by_tensor
 
-HISTOGRAM_BINS = 192
-MAP_BINS = 96
 # Samples that are looked at for padding, and pairs of an output and an input for a state.
 PADDING_SAMPLES = 16
 STATE_PAIRS = 400
@@ -74,7 +86,7 @@ def _loaded(path: Path, _modified: int, _size: int) -> Model:
     return load_model(path)
 
 
-def _open(path: Path) -> Model:
+def open_model(path: Path) -> Model:
     """A loaded model, kept while the file does not change."""
     if not path.is_file():
         return load_model(path)  # says what is wrong
@@ -107,7 +119,7 @@ def open_feeds(source: FeedSource, model: Model) -> Feeds:
 
 def describe_model(path: Path | str, progress: Progress = no_progress) -> dict[str, Any]:
     """What a file holds, as `quant-inspector show --json` writes it."""
-    model = _open(Path(path))
+    model = open_model(Path(path))
     progress(0.5, "reading the quantization")
     scheme = read_scheme(model)
     counts = count_scheme(model, scheme)
@@ -205,9 +217,9 @@ def load_pair(
     workspace = Workspace(root)
     options = options or PairOptions()
     progress(0.0, "reading the models")
-    float_model = _open(float_path)
-    quantized = None if quantized_path is None else _open(quantized_path)
-    stamp = _stamps(inputs, calibration, options)
+    float_model = open_model(float_path)
+    quantized = None if quantized_path is None else open_model(quantized_path)
+    stamp = stamps_of(inputs, calibration, options)
     known = _known_run(workspace, float_model, quantized, (inputs, calibration, options), stamp)
     if known is not None:
         workspace.set_current_pair(known.pair_id)
@@ -251,13 +263,20 @@ def load_pair(
             created=utc_now(),
             parent=None,
             seconds=time.perf_counter() - begin,
-            summary=_summary(comparison) | {"feeds_stamp": stamp},
+            summary=_summary(comparison)
+            | {"feeds_stamp": stamp, "surgery_fits": _surgery_fits(quantized)},
             effects=(),
             notes=tuple(recipe.notes),
         )
         run_id = workspace.save_run(run, comparison_json(comparison, detail=True)).id
     workspace.set_current_pair(pair.id)
     return run_id
+
+
+def _surgery_fits(quantized: Model) -> bool:
+    """A recipe cannot repeat the file: another tool made it, or ranges are found at run time."""
+    made_here = quantized.proto.producer_name == "onnx.quantize"
+    return not made_here or quantizer_format(quantized) == "dynamic"
 
 
 def _compare(
@@ -297,7 +316,7 @@ def _compare(
     )
 
 
-def _stamps(
+def stamps_of(
     inputs: FeedSource, calibration: FeedSource | None, options: PairOptions
 ) -> list[list[int]]:
     sources = [Path(s.path) for s in (inputs, calibration) if s is not None and s.kind != "random"]
@@ -354,6 +373,7 @@ def _quantize(
     base: RunRecord | None,
     progress: Progress,
     pins: Sequence[Pin] = (),
+    preview: Mapping[str, Any] | None = None,
     save_pair: bool = False,
 ) -> str:
     """Quantizes, compares and saves one run; returns its id.
@@ -361,10 +381,9 @@ def _quantize(
     Of `pins`, those hold whose tensors both models have.
     """
     begin = time.perf_counter()
-    float_model = _open(pair.float_model.path)
+    float_model = open_model(pair.float_model.path)
     feeds = open_feeds(pair.inputs, float_model)
-    own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
-    split = split_calibration(feeds, own, limit=config.calibration_samples)
+    split = _split(pair, float_model, feeds, config)
     with workspace.scratch() as scratch:
         target = scratch / f"{Path(pair.float_model.name).stem}.int8.onnx"
         made = quantize_model(
@@ -392,12 +411,12 @@ def _quantize(
             found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline, config)
             made_notes += resolved.notes
             effects = [_record(e) for e in found]
-        stamps = _stamps(pair.inputs, pair.calibration, pair.options)
+        stamps = stamps_of(pair.inputs, pair.calibration, pair.options)
         summary = _summary(comparison) | {"feeds_stamp": stamps}
+        summary["preview"] = dict(preview) if preview else None
         before = base.summary if base is not None else None
         summary["before"] = None if before is None else before["outputs"]
-        file = pair.float_model.path
-        shown = pair.float_model.name if workspace.root in file.parents else str(file)
+        shown = _shown(workspace, pair.float_model)
         names: dict[str, Any] = {"model": shown, "output": target.name}
         summary["commands"] = {
             "inspector": inspector_command(
@@ -444,15 +463,31 @@ def _quantize(
             notes=tuple(notes),
             pins=tuple(kept),
         )
-        data = target.with_name(target.name + ".data")
-        run = workspace.save_run(
-            run,
-            comparison_json(comparison, detail=True),
-            target,
-            external_data=[data] if data.exists() else [],
-        )
+        run = _save(workspace, run, comparison, target)
     progress(1.0, "saved")
     return run.id
+
+
+def _save(workspace: Workspace, run: RunRecord, comparison: Comparison, target: Path) -> RunRecord:
+    data = target.with_name(f"{target.name}.data")
+    return workspace.save_run(
+        run,
+        comparison_json(comparison, detail=True),
+        target,
+        external_data=[data] if data.exists() else [],
+    )
+
+
+def _split(
+    pair: PairRecord, float_model: Model, feeds: Feeds, config: QuantConfig
+) -> CalibrationSplit:
+    own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
+    return split_calibration(feeds, own, limit=config.calibration_samples)
+
+
+def _shown(workspace: Workspace, model: StoredModel) -> str:
+    """What to call a model in a command: its name alone where only the workspace has the file."""
+    return model.name if workspace.root in model.path.parents else str(model.path)
 
 
 def _seen(config: QuantConfig, seen: Sequence[bool]) -> Sequence[bool]:
@@ -482,13 +517,12 @@ def rematch(
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
     progress(0.0, "reading the models")
-    float_model, quantized = _open(pair.float_model.path), _open(run.model.path)
+    float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
     feeds = open_feeds(pair.inputs, float_model)
     seen: Sequence[bool] | None = None
     if run.number > 0:
         config = QuantConfig.from_json(run.recipe)
-        own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
-        split = split_calibration(feeds, own, limit=config.calibration_samples)
+        split = _split(pair, float_model, feeds, config)
         seen = _seen(config, split.seen)
     comparison = _compare(
         pair, float_model, quantized, feeds, loaded=run.number == 0, seen=seen, pins=pins,
@@ -525,7 +559,7 @@ def list_tensors(
         (("float", pair.float_model.path), ("quantized", run.model.path))
     ):
         progress(at / 2, f"reading the {side} model")
-        model = _open(path)
+        model = open_model(path)
         view = View(model)
         listed[side] = [
             {"name": name, "shape": _sizes(model, name), "constant": name in view.constants}
@@ -621,6 +655,7 @@ def requantize(
     run_id: str,
     config: dict[str, Any],
     exclude: Sequence[str],
+    preview: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> str:
     """The id of a new run of a pair: a recipe plus an exclusion list, quantized and compared.
@@ -628,13 +663,26 @@ def requantize(
     Before and after always compare runs of one recipe, so the run without exclusions is made
     first where this recipe has none yet. Matches set by hand go along. A request that was carried
     out before gives its run.
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run it starts from.
+        config: the recipe, as `QuantConfig.to_json` gives it.
+        exclude: nodes of the float file.
+        preview: SQNR in dB by output, as a preview of this list gave it (strict JSON); it is kept
+            with the run, to be set beside what came.
+        progress: see `runtime.Progress`.
     """
     workspace = Workspace(root)
     parent = workspace.run(run_id)
     pair = workspace.pair(parent.pair_id)
     options = QuantConfig.from_json(config)
     runs = workspace.runs(pair.id)
-    alike = [r for r in runs if r.number > 0 and QuantConfig.from_json(r.recipe) == options]
+    alike = [
+        r
+        for r in runs
+        if r.number > 0 and not made_by_surgery(r) and QuantConfig.from_json(r.recipe) == options
+    ]
     done = next((r for r in alike if set(r.exclusions) == set(exclude)), None)
     if done is not None:
         return done.id
@@ -652,8 +700,99 @@ def requantize(
         progress = part_of(progress, stop, 1.0)
     return _quantize(
         workspace, pair, options, tuple(exclude), parent=parent, base=base, pins=parent.pins,
-        progress=progress,
+        preview=preview, progress=progress,
     )  # fmt: skip
+
+
+def free_in_file(
+    root: Path,
+    *,
+    run_id: str,
+    exclude: Sequence[str],
+    preview: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> str:
+    """The id of a new run of a pair: the loaded file with nodes freed by surgery, and compared.
+
+    Every other scale stays as the file has it, whatever tool made it. A request that was carried
+    out before gives its run; without nodes it is the run of the loaded file.
+
+    Args:
+        root: the workspace's folder.
+        run_id: any run of the pair.
+        exclude: nodes of the float file.
+        preview: see `requantize`.
+        progress: see `runtime.Progress`.
+
+    Raises:
+        ExclusionError: the pair was loaded without a quantized file, or nothing can be freed.
+    """
+    begin = time.perf_counter()
+    workspace = Workspace(root)
+    pair = workspace.pair(workspace.run(run_id).pair_id)
+    runs = workspace.runs(pair.id)
+    loaded = next((r for r in runs if r.number == 0), None)
+    if loaded is None or pair.quantized_model is None:
+        raise ExclusionError(
+            "this pair was loaded without a quantized file, so there is none to free nodes in",
+            hint="Re-quantize with the list instead.",
+        )
+    wanted = set(exclude)
+    done = next(
+        (r for r in runs if made_by_surgery(r) and set(r.exclusions) == wanted),
+        loaded if not wanted else None,
+    )
+    if done is not None:
+        return done.id
+    progress(0.0, "reading the models")
+    float_model, quantized = open_model(pair.float_model.path), open_model(loaded.model.path)
+    feeds = open_feeds(pair.inputs, float_model)
+    progress(0.05, "matching tensors")
+    matching = match_tensors(float_model, quantized, pins=loaded.pins)
+    progress(0.1, "freeing nodes")
+    freed = free_nodes(float_model, quantized, matching, tuple(exclude))
+    with workspace.scratch() as scratch:
+        target = scratch / f"{Path(pair.quantized_model.name).stem}.freed.onnx"
+        notes = write_freed(
+            freed, target, inputs=[float_model, quantized], matching=matching, feeds=feeds
+        )
+        result = load_model(target)
+        kept = _still_there(loaded.pins, result)
+        comparison = _compare(
+            pair, float_model, result, feeds, loaded=False, pins=kept,
+            progress=part_of(progress, 0.3, 0.97),
+        )  # fmt: skip
+        stamps = stamps_of(pair.inputs, pair.calibration, pair.options)
+        summary = _summary(comparison) | {"feeds_stamp": stamps, "way": "surgery"}
+        summary["preview"] = dict(preview) if preview else None
+        summary["before"] = loaded.summary["outputs"]
+        inside = [_shown(workspace, m) for m in (pair.float_model, pair.quantized_model)]
+        words = ["quant-inspector", "free", *inside, "-o", target.name]
+        words += [word for name in exclude for word in ("--exclude", name)]
+        summary["commands"] = {"inspector": shlex.join(words)}
+        config = QuantConfig.from_json(loaded.recipe)
+        summary["exclusion_list"] = exclusions_json(
+            _exclusion_list(float_model, config, exclude, comparison, loaded)
+        )
+        run = RunRecord(
+            id=new_id(),
+            pair_id=pair.id,
+            number=max(r.number for r in runs) + 1,
+            title=f"{len(exclude)} freed in the file",
+            recipe=loaded.recipe,
+            exclusions=tuple(exclude),
+            model=_stored(result, target),
+            created=utc_now(),
+            parent=loaded.id,
+            seconds=time.perf_counter() - begin,
+            summary=strict(summary),
+            effects=tuple(_record(e) for e in freed.effects),
+            notes=tuple(dict.fromkeys((*loaded.notes, *notes))),
+            pins=tuple(kept),
+        )
+        run = _save(workspace, run, comparison, target)
+    progress(1.0, "saved")
+    return run.id
 
 
 def propose_free(
@@ -663,26 +802,34 @@ def propose_free(
     workspace = Workspace(root)
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
-    float_model = _open(pair.float_model.path)
+    float_model = open_model(pair.float_model.path)
     progress(0.2, "reading the quantized graph")
     config = QuantConfig.from_json(run.recipe)
     prepared = prepare(float_model, config, workspace.cache)
-    return list(free_names(node, prepared, _open(run.model.path), config))
+    return list(free_names(node, prepared, open_model(run.model.path), config))
 
 
 def list_nodes(
     root: Path, *, run_id: str, progress: Progress = no_progress
 ) -> list[dict[str, Any]]:
-    """The nodes of the float file that a list can name: name, op type and outputs, in order."""
+    """The nodes of the float file that a list can name, in order.
+
+    Each with its name, op type, inputs (also those that its bodies read) and outputs.
+    """
     workspace = Workspace(root)
     pair = workspace.pair(workspace.run(run_id).pair_id)
     progress(0.2, "reading the float model")
-    return _graph(_open(pair.float_model.path))
+    return _graph(open_model(pair.float_model.path))
 
 
 def _graph(model: Model) -> list[dict[str, Any]]:
     return [
-        {"name": n.name, "op_type": n.op_type, "outputs": list(n.outputs)}
+        {
+            "name": n.name,
+            "op_type": n.op_type,
+            "inputs": [*n.inputs, *n.captured],
+            "outputs": list(n.outputs),
+        }
         for n in model.nodes
         if n.op_type != "Constant"
     ]
@@ -726,7 +873,7 @@ def inspect_tensor(
         return kept
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
-    float_model, quantized = _open(pair.float_model.path), _open(run.model.path)
+    float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
     # What was matched by the values seen on the feeds is known from the comparison.
     seen = [
         Pin(float_name=a.name, quantized_name=a.quantized_name)
@@ -745,217 +892,15 @@ def inspect_tensor(
             hint="Choose a tensor from the table on the overview.",
         )
     if isinstance(found, WeightPair):
-        detail = _weight_detail(found, quantized)
+        detail = weight_detail(found, quantized)
     else:
-        detail = _activation_detail(found, comparison, float_model, quantized, pair, matching,
-                                    progress)  # fmt: skip
+        feeds = open_feeds(pair.inputs, float_model)
+        detail = activation_detail(
+            found, comparison, float_model, quantized, feeds, matching, progress
+        )
     result: dict[str, Any] = strict(detail)
     workspace.write_detail(run_id, key, result)
     return result
-
-
-def _weight_detail(pair: WeightPair, quantized: Model) -> dict[str, Any]:
-    reference = pair.reference()
-    qparams = pair.quantized.qparams if pair.quantized is not None else None
-    actual = (
-        stored_values(quantized, pair.quantized)
-        if pair.quantized is not None
-        else quantized.constant(pair.quantized_name)
-    )
-    if actual is None:
-        raise ReportError(
-            f"the values of {pair.quantized_name} cannot be read",
-            hint="Choose another tensor from the table on the overview.",
-        )
-    _check_shapes(pair.name, pair.quantized_name, reference, actual)
-    finite = reference[np.isfinite(reference)]
-    low = float(finite.min()) if finite.size else 0.0
-    high = float(finite.max()) if finite.size else 0.0
-    _, _, spread = _finite_ranges([(reference, actual, None)])
-    bins = _Bins(low, high, qparams, spread)
-    bins.add(reference, actual, reference if qparams is not None else None)
-    return bins.detail(pair.name, pair.node.name, pair.kind)
-
-
-def _activation_detail(
-    pair: ActivationPair,
-    comparison: Comparison,
-    float_model: Model,
-    quantized: Model,
-    record: PairRecord,
-    matching: Matching,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The values of a pair on the feeds that the comparison saw, with its mask and its states."""
-    known = next(a for a in comparison.activations if a.name == pair.name)
-    feeds = open_feeds(record.inputs, float_model)
-    runner = PairRunner(float_model, quantized, matching, [pair])
-    padding = Padding(float_model, comparison.mask) if comparison.mask else None
-    if padding is not None:
-        masks = [padding.mask_of(feed, feeds.names[at]) for at, feed in enumerate(feeds)]
-        for at in padding.telling(masks):
-            padding.learn(masks[at], runner.run(feeds[at], feeds.names[at])[0])
-    theirs = [(matching.outputs[o], matching.inputs[i]) for o, i in comparison.states]
-
-    def values(told: Progress) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]]:
-        """Float values, what consumers read, and the latter before its Q, part by part."""
-        states = Carried(comparison.states), Carried(theirs)
-        for at, feed in enumerate(feeds):
-            told(at / len(feeds), f"sample {at + 1} of {len(feeds)}")
-            name = feeds.names[at]
-            its_feed = states[1].into(feed_for_quantized(matching, feed), name)
-            reference, actual = runner.run(states[0].into(feed, name), name, its_feed)
-            states[0].keep(reference)
-            states[1].keep(actual)
-            after = real_values(pair, actual[pair.after])
-            before = actual.get(pair.before) if pair.before else None
-            if before is not None:
-                before = rectify(in_float_layout(pair, before), pair.rectifiers, float_model)
-            _check_shapes(pair.name, pair.after, reference[pair.name], after)
-            if padding is None:
-                yield reference[pair.name], after, before
-                continue
-            padding.use(padding.mask_of(feed, name))
-            parts = [padding.parts(pair.name, a) for a in (reference[pair.name], after)]
-            befores: list[Any] = [None] * len(parts[0])
-            if before is not None:
-                befores = padding.parts(pair.name, before)
-            yield from zip(*parts, befores, strict=True)
-
-    low, high, spread = known.observed_low, known.observed_high, known.max_abs_error
-    start = 0.1
-    if not all(map(math.isfinite, (low, high, spread))):
-        start = 0.55
-        low, high, spread = _finite_ranges(values(part_of(progress, 0.1, start)))
-    elif math.isfinite(known.mse):
-        spread = min(spread, 8 * math.sqrt(known.mse))
-    bins = _Bins(low, high, pair.qparams, spread)
-    for arrays in values(part_of(progress, start, 1.0)):
-        bins.add(*arrays)
-    return bins.detail(pair.name, pair.node.name if pair.node else "", "activation")
-
-
-def _finite_ranges(
-    values: Iterable[tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]],
-) -> tuple[float, float, float]:
-    """Lowest and highest finite float value and the largest finite error; zeros for none."""
-    low, high, spread = math.inf, -math.inf, 0.0
-    for reference, actual, _ in values:
-        finite = reference[np.isfinite(reference)].astype(np.float64)
-        if finite.size:
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-        both = np.isfinite(reference) & np.isfinite(actual)
-        error = np.abs(reference[both].astype(np.float64) - actual[both])
-        spread = max(spread, float(error.max(initial=0.0)))
-    return (low, high, spread) if low <= high else (0.0, 0.0, spread)
-
-
-def _check_shapes(name: str, other: str, reference: NDArray[Any], actual: NDArray[Any]) -> None:
-    if reference.shape != actual.shape:
-        raise ReportError(
-            f"the values of {other} ({list(actual.shape)}) cannot be set against {name} "
-            f"({list(reference.shape)})",
-            hint="Choose another tensor, or pin this one to a tensor of its own shape.",
-        )
-
-
-class _Bins:
-    """The counts behind a tensor's pictures, summed over samples."""
-
-    def __init__(self, low: float, high: float, qparams: QParams | None, spread: float) -> None:
-        self.qparams = qparams
-        self.step = float(qparams.scale) if qparams is not None and qparams.per_tensor else None
-        low = low if math.isfinite(low) else 0.0
-        high = high if math.isfinite(high) else 0.0
-        edges = _edges(low, high, qparams)
-        self.values = _empty(edges)
-        self.quantized = _empty(edges)
-        unit = self.step or 1.0
-        reach = spread / unit
-        reach = max(reach, 0.5) if self.step else (reach or 1e-12)
-        self.errors = _empty(np.linspace(-1.02 * reach, 1.02 * reach, 122))
-        self.map_edges = np.linspace(edges[0], edges[-1], MAP_BINS + 1)
-        self.map = np.zeros((MAP_BINS, MAP_BINS), np.int64)
-        self.saturated = np.zeros(2, np.int64)
-        self.before = 0
-        self.count = 0
-
-    def add(
-        self, reference: NDArray[Any], actual: NDArray[Any], before: NDArray[Any] | None
-    ) -> None:
-        reference = reference.astype(np.float64)
-        actual = actual.astype(np.float64)
-        self.values = self.values.merge(Histogram.of(reference, self.values.edges))
-        self.quantized = self.quantized.merge(Histogram.of(actual, self.quantized.edges))
-        with np.errstate(invalid="ignore"):
-            error = (actual - reference) / (self.step or 1.0)
-        self.errors = self.errors.merge(Histogram.of(error, self.errors.edges))
-        finite = np.isfinite(reference) & np.isfinite(actual)
-        counts, _, _ = np.histogram2d(
-            reference[finite], actual[finite], [self.map_edges, self.map_edges]
-        )
-        self.map += counts.astype(np.int64)
-        self.count += int(reference.size)
-        if before is not None and self.qparams is not None:
-            self.saturated += saturated_counts(before, self.qparams)
-            self.before += int(before.size)
-
-    def detail(self, tensor: str, node: str, kind: str) -> dict[str, Any]:
-        qparams = self.qparams
-        return {
-            "tensor": tensor,
-            "node": node,
-            "kind": kind,
-            "dtype": qparams.dtype if qparams is not None else "float32",
-            "scale": None if qparams is None else plain(qparams.scale),
-            "zero_point": None if qparams is None else plain(qparams.zero_point),
-            "axis": None if qparams is None else qparams.axis,
-            "edges": self.values.edges.tolist(),
-            "float_counts": self.values.counts.tolist(),
-            "quantized_counts": self.quantized.counts.tolist(),
-            "float_below": self.values.below,
-            "float_above": self.values.above,
-            "quantized_below": self.quantized.below,
-            "quantized_above": self.quantized.above,
-            "error_edges": self.errors.edges.tolist(),
-            "error_counts": self.errors.counts.tolist(),
-            "error_below": self.errors.below,
-            "error_above": self.errors.above,
-            "error_unit": "steps" if self.step else "real",
-            "map_float_edges": self.map_edges.tolist(),
-            "map_quantized_edges": self.map_edges.tolist(),
-            "map_counts": self.map.tolist(),
-            "representable": None if qparams is None else list(qparams.representable_range()),
-            "saturated": (self.saturated / self.before).tolist() if self.before else None,
-            "count": self.count,
-            "nonfinite": self.values.nonfinite + self.quantized.nonfinite,
-        }
-
-
-def _empty(edges: NDArray[np.float64]) -> Histogram:
-    return Histogram(edges=edges, counts=np.zeros(edges.size - 1, np.int64))
-
-
-def _edges(low: float, high: float, qparams: QParams | None) -> NDArray[np.float64]:
-    """Bin edges over the observed range; between integer codes where there is one step size.
-
-    Bins of whole steps keep the codes from beating against the bins.
-    """
-    if qparams is None or not qparams.per_tensor or not float(qparams.scale) > 0:
-        margin = 0.02 * (high - low) or max(abs(low), 1.0) * 0.02
-        return np.linspace(low - margin, high + margin, HISTOGRAM_BINS + 1)
-    step = float(qparams.scale)
-    qmin, qmax = INTEGER_DTYPES[qparams.dtype]
-    zero = int(qparams.zero_point)
-    first = math.floor(low / step) - 1
-    last = math.ceil(high / step) + 1
-    # A range far wider than the data would leave the picture empty: show twice the data at most.
-    reach = max(last - first, 4)
-    first = min(first, max(qmin - zero, first - reach // 2))
-    last = max(last, min(qmax - zero, last + reach // 2))
-    per_bin = max(1, math.ceil((last - first) / HISTOGRAM_BINS))
-    bins = math.ceil((last - first + 1) / per_bin)
-    return np.asarray((first - 0.5 + per_bin * np.arange(bins + 1)) * step, np.float64)
 
 
 # -- feeds ---------------------------------------------------------------------------------------
@@ -971,7 +916,7 @@ def list_options(
         inputs: the feeds, looked at for padding; None where none are chosen yet.
         progress: see `runtime.Progress`.
     """
-    model = _open(Path(float_path))
+    model = open_model(Path(float_path))
     progress(0.4, "looking for masks and states")
     possible = [(o.name, i.name) for o in model.outputs for i in model.inputs][:STATE_PAIRS]
     states = list(dict.fromkeys((*likely_states(model), *filter(_carries(model), possible))))
@@ -1018,7 +963,7 @@ def preview_feed(
 
     The picture is a PNG in base64; "" where the feeds are no images.
     """
-    model = _open(Path(float_path))
+    model = open_model(Path(float_path))
     progress(0.3, "reading the feeds")
     feeds = open_feeds(inputs, model)
     if not len(feeds):
@@ -1060,3 +1005,111 @@ def preview_feed(
         }
     )
     return result
+
+
+# -- time and recipes ----------------------------------------------------------------------------
+
+
+def profile_run(root: Path, *, run_id: str, progress: Progress = no_progress) -> dict[str, Any]:
+    """What each node and each tensor of both models takes on the first feed. Kept with the run.
+
+    Under "float" and "quantized", under "simulated" and "deployed": "times" (`NodeTimes.to_json`)
+    and "tensors", seconds by tensor of that file (`timing.seconds_by_tensor`); or "error", where
+    the runtime refuses the model so.
+    """
+    workspace = Workspace(root)
+    kept = workspace.detail(run_id, PROFILE_KEY)
+    if kept is not None:
+        return kept
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    progress(0.0, "reading the models")
+    float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
+    feed = open_feeds(pair.inputs, float_model)[0]
+    pins = read_comparison(workspace.comparison(run_id)).pins
+    theirs = feed_for_quantized(match_tensors(float_model, quantized, pins=pins), feed)
+    found: dict[str, dict[str, Any]] = {"float": {}, "quantized": {}}
+    steps = [
+        (side, model, given, optimized)
+        for side, model, given in (("float", float_model, feed), ("quantized", quantized, theirs))
+        for optimized in (False, True)
+    ]
+    for at, (side, model, given, optimized) in enumerate(steps):
+        how = "deployed" if optimized else "simulated"
+        part = part_of(progress, 0.1 + 0.9 * at / len(steps), 0.1 + 0.9 * (at + 1) / len(steps))
+        provider = pair.options.provider if optimized else CPU
+        found[side][how] = _profile(
+            model, given, optimized, provider, f"timing the {side} model, {how}", part
+        )
+    result: dict[str, Any] = strict(found)
+    workspace.write_detail(run_id, PROFILE_KEY, result)
+    return result
+
+
+def _profile(
+    model: Model, feed: Feed, optimized: bool, provider: str, step: str, progress: Progress
+) -> dict[str, Any]:
+    try:
+        times = profile_nodes(
+            model, feed, optimized=optimized, provider=provider, told=lambda: progress(0.0, step)
+        )
+    except InspectorError as error:
+        return {"error": error.message}
+    return {"times": times.to_json(), "tensors": seconds_by_tensor(model, times)}
+
+
+def try_recipes(
+    root: Path, *, run_id: str, again: bool = False, progress: Progress = no_progress
+) -> int:
+    """How many recipes of a run's pair have been tried: those kept and those that this job added.
+
+    What is not varied is that of the run's recipe. Each row is in the store once it is there
+    (`Workspace.recipes`), and stays when the job is stopped; the next one goes on from there.
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run.
+        again: forget what was tried before.
+        progress: see `runtime.Progress`.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    progress(0.0, "reading the model")
+    float_model = open_model(pair.float_model.path)
+    config = QuantConfig.from_json(run.recipe)
+    feeds = open_feeds(pair.inputs, float_model)
+    split = _split(pair, float_model, feeds, config)
+    stamp = stamps_of(pair.inputs, pair.calibration, pair.options)
+    before = workspace.recipes(pair.id)
+    same = before.get("feeds_stamp") == stamp and not again
+    planned = {recipe_key(row.config.to_json()): row for row in recipe_grid(config)}
+    kept = [
+        row
+        for row in (before.get("rows", ()) if same else ())
+        if row["state"] != "waiting" and recipe_key(row["recipe"]) in planned
+    ]
+    known = {recipe_key(row["recipe"]) for row in kept}
+    rows = [row for key, row in planned.items() if key not in known]
+    results: list[RecipeResult] = []
+    shown = _shown(workspace, pair.float_model)
+
+    def save() -> list[dict[str, Any]]:
+        table = recipes_json(
+            float_model, feeds, results, planned=planned.values(), kept=kept, float_name=shown,
+            inputs=_command_path(pair.inputs), calibration=_command_path(pair.calibration),
+        )  # fmt: skip
+        workspace.save_recipes(pair.id, strict({**table, "feeds_stamp": stamp}))
+        return list(table["rows"])
+
+    save()
+    tried: set[QuantConfig] = set()
+    for result in run_recipes(
+        float_model, feeds, split, rows=rows, cache=workspace.cache, mask=pair.options.mask,
+        states=pair.options.states, provider=pair.options.provider, progress=progress,
+    ):  # fmt: skip
+        results.append(result)
+        if result.row.config not in tried and not result.row.reason:
+            save()  # at once: the job may be stopped by force
+        tried.add(result.row.config)
+    return sum(row["state"] in ("done", "failed") for row in save())

@@ -2,8 +2,7 @@
 
 import streamlit as st
 
-from inspector.render import find_headline
-from inspector.web import facts, parts, session, widgets
+from inspector.web import parts, session, widgets
 
 HEIGHT = 380
 
@@ -17,18 +16,18 @@ if view is None:
 assert view is not None
 draft = session.draft(view.pair.id, view.run.exclusions)
 
-# show: what the run's list gained
+# show: what the run's list gained, or what the ticked one would
 widgets.context_bar(view)
-headline = find_headline(view.comparison)
-widgets.sentence(facts.change_sentence(view, headline.output, draft.nodes), headline.severity)
-widgets.tiles(facts.change_tiles(view, headline.output))
+gain = st.container()
 
 # ask: which nodes, by which recipe
 left, right = st.columns([2.4, 1], gap="small")
 with left:
     parts.node_editor(view, draft, height=HEIGHT - 48)
 with right:
-    parts.requantize_panel(view, draft, height=HEIGHT)
+    recipe = parts.requantize_panel(view, draft, height=HEIGHT)
+with gain:
+    parts.gain(view, draft, recipe)
 
 # show: what came of it
 changed, really, runs, take = st.tabs(

@@ -6,7 +6,7 @@ import streamlit as st
 
 from inspector import figures
 from inspector.render import find_headline
-from inspector.web import basis, facts, matches, session, style, tables, widgets
+from inspector.web import basis, facts, matches, session, style, tables, times, widgets
 
 PICTURE, TABLE = "depth", "tensors"
 
@@ -49,6 +49,9 @@ if right is not None and parts is not None:
         widgets.parts_table(parts)
 basis.panel(view, key="basis")
 
+# get: what each node takes, where it was measured
+profile = times.profile(view)
+
 # ask: which tensors the table lists; the answer is in the address
 with st.container(
     horizontal=True, vertical_alignment="center", key="overview-filters", gap="xsmall"
@@ -56,6 +59,7 @@ with st.container(
     text = widgets.find_field()
     kind = widgets.kind_field()
     op_type = widgets.op_field(tables.op_types(comparison))
+    times.offer(view, profile)
     st.space("stretch")
     widgets.neighbours(view, key="overview")
     widgets.leave_in_float(view, key="overview-float")
@@ -67,8 +71,11 @@ with st.container(
     )
 
 # show: every tensor, worst first
+times.answer(view, profile)
 widgets.tensor_table(
-    tables.tensors(comparison, text=text, kind=kind, op_type=op_type), view, key=TABLE
+    tables.tensors(comparison, text=text, kind=kind, op_type=op_type, profile=profile),
+    view,
+    key=TABLE,
 )
 widgets.notes(comparison.warnings, "warning")
 widgets.notes(view.run.notes, "note")

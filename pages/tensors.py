@@ -5,7 +5,7 @@ import streamlit as st
 from inspector import figures
 from inspector.comparison import ActivationError, WeightError
 from inspector.render import shorten_name
-from inspector.web import facts, matches, session, style, tables, widgets, words
+from inspector.web import facts, lab, matches, session, style, tables, widgets, words
 
 # get
 view = session.view()
@@ -43,6 +43,14 @@ with st.container(horizontal=True, vertical_alignment="center", key="tensor-cont
     place = order.index(view.tensor) + 1
     st.caption(f"{place} of {len(order)}, worst first", width="content")
     st.space("stretch")
+    what = st.segmented_control(
+        "Show",
+        ("Values", "Range and scheme"),
+        default="Values",
+        key="tensor-view",
+        label_visibility="collapsed",
+        required=True,
+    )
     logarithmic = st.toggle("Log counts", value=True, key="log", bind="query-params")
 
 # show: what is known without running anything
@@ -83,6 +91,15 @@ dark = style.is_dark()
 observed = (
     (record.observed_low, record.observed_high) if isinstance(record, ActivationError) else None
 )
+if what == "Range and scheme":
+    if answer.job is not None:
+        widgets.waiting(answer.job, height=340, key="lab")
+    elif answer.error is not None:
+        widgets.error(answer.error)
+        st.button("Try again", on_click=session.forget_tensor, args=(view,), key="again")
+    else:
+        lab.section(view, answer.value, log=logarithmic)
+    st.stop()
 parts = record.slices if isinstance(record, ActivationError) else ()
 if parts:
     widgets.picture(

@@ -18,14 +18,18 @@ README = ROOT / "README.md"
 
 # A module imports only modules above it. `web` is the Streamlit side.
 ORDER = (
-    *("errors", "qparams", "metrics", "stats", "comparison", "model", "model_checks"),
-    *("model_files", "folding", "scheme"),
+    *("errors", "publishing", "qparams", "metrics", "stats", "comparison", "groups"),
+    *("grid_schemes", "distribution", "lab", "range_choice"),
+    *("model", "model_checks", "model_files", "folding", "scheme", "integer_operators"),
     *("content", "structure", "likeness", "alignment", "weights", "endpoints", "matching"),
-    *("arrays", "images", "random_feeds", "texts", "feeds", "runtime", "timing"),
+    *("arrays", "images", "random_feeds", "texts", "feeds", "runtime", "timing", "costs"),
     *("kernels", "devices", "padding", "watches", "nonfinite", "states", "batches", "pairs"),
-    *("compare",),
-    *("calibration", "recipe", "prepare", "quantize"),
-    *("commands", "exclusions", "figures", "render", "store", "workbench", "jobs", "guard"),
+    *("layouts", "twin", "isolation", "compare"),
+    *("observers", "calibration", "recipe", "prepare", "quantizer", "switchboard", "quantize"),
+    *("commands", "exclusions"),
+    *("quantized_flow", "float_constants", "sites", "free_targets", "freed_graph"),
+    *("freed_effects", "rewrite", "freed_file", "preview", "recipe_table"),
+    *("figures", "render", "store", "details", "workbench", "live", "jobs", "guard"),
     *("cli", "web"),
 )
 

@@ -14,8 +14,18 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.calibrate import HistogramCollector
 
-from inspector.calibration import FeedReader, calibrate, calibration_key, hushed
+from inspector import calibration
+from inspector.calibration import (
+    Calibration,
+    FeedReader,
+    calibrate,
+    calibrate_many,
+    calibration_key,
+    hushed,
+)
 from inspector.errors import CalibrationError, Cancelled
 from inspector.model import Model
 from inspector.model_files import load_model
@@ -183,27 +193,23 @@ def test_no_feeds_are_refused(tmp_path: Path, feeds: ListFeeds | None) -> None:
     assert "--format dynamic" in caught.value.hint
 
 
-@pytest.mark.parametrize("method", ["entropy", "percentile"])
-def test_histograms_refuse_samples_of_unequal_shape(tmp_path: Path, method: str) -> None:
-    model = save_chain(tmp_path / "m.onnx")
-    feeds = ListFeeds([{"x": np.ones((rows, 4), np.float32)} for rows in (2, 3)])
-    with pytest.raises(CalibrationError) as caught:
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_samples_of_unequal_shape_are_calibrated_as_their_values_in_one(
+    tmp_path: Path, method: str
+) -> None:
+    model, ragged = save_chain(tmp_path / "m.onnx"), some_feeds(2)
+    ragged.samples += some_feeds(2, rows=5).samples
+    ragged.names = tuple("abcd")
+    together = ListFeeds([{"x": np.concatenate([s["x"] for s in ragged.samples])}])
+    found, wanted = (
         calibrate(model, feeds, method=method, cache=tmp_path / "cache")
-    assert caught.value.message == (
-        "sample 'sample 1': input 'x' has shape [3, 4], the samples before it [2, 4]; "
-        "entropy and percentile need equal shapes"
+        for feeds in (ragged, together)
     )
-    assert "--method minmax" in caught.value.hint
+    assert json.loads(found.path.read_text()) == json.loads(wanted.path.read_text())
+    assert found.path != wanted.path
 
 
-def test_the_hint_for_unequal_shapes_works_when_followed(tmp_path: Path) -> None:
-    model = save_chain(tmp_path / "m.onnx")
-    feeds = ListFeeds([{"x": np.full((r, 4), r, np.float32)} for r in (2, 3)])
-    found = calibrate(model, feeds, method="minmax", cache=tmp_path / "cache")
-    assert found.ranges()["x"].high == 3.0
-
-
-def test_a_tensor_that_is_ragged_inside_the_model_is_explained(tmp_path: Path) -> None:
+def test_a_tensor_that_is_ragged_inside_the_model_is_calibrated(tmp_path: Path) -> None:
     # NonZero makes the inner shape depend on the values, equal inputs or not.
     graph = helper.make_graph(
         [
@@ -222,8 +228,188 @@ def test_a_tensor_that_is_ragged_inside_the_model_is_explained(tmp_path: Path) -
     feeds = ListFeeds(
         [{"x": np.array(v, np.float32)} for v in ([1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0])]
     )
-    with pytest.raises(CalibrationError, match="has another shape in every sample"):
-        calibrate(load_model(path), feeds, method="entropy", cache=tmp_path / "cache")
+    found = calibrate(load_model(path), feeds, method="entropy", cache=tmp_path / "cache")
+    assert (found.ranges()["real"].low, found.ranges()["real"].high) == (0.0, 2.0)
+    counts = json.loads(found.path.read_text())["data"]["real"]["hist"]["data"]
+    assert sum(counts) == 1 + 3 + 2
+
+
+# -- several methods at once ---------------------------------------------------------------------
+
+
+def test_two_runs_over_the_feeds_give_the_files_of_all_methods(tmp_path: Path) -> None:
+    model, feeds = save_chain(tmp_path / "m.onnx"), some_feeds(5)
+    together = calibrate_many(model, feeds, percentile=99.0, cache=tmp_path / "together")
+    assert feeds.read == 2 * 5
+    assert list(together) == ["minmax", "entropy", "percentile"]
+    for method, found in together.items():
+        assert isinstance(found, Calibration)
+        alone = calibrate(model, feeds, method=method, percentile=99.0, cache=tmp_path / "alone")
+        assert (found.path.name, found.samples, found.reused, found.notes) == (
+            alone.path.name, 5, False, alone.notes,
+        )  # fmt: skip
+        assert found.path.read_bytes() == alone.path.read_bytes()
+
+
+def test_methods_that_are_on_disk_are_not_observed_again(tmp_path: Path) -> None:
+    model, feeds = save_chain(tmp_path / "m.onnx"), some_feeds()
+    calibrate(model, feeds, method="percentile", cache=tmp_path)
+    feeds.read = 0
+    found = calibrate_many(model, feeds, methods=["percentile", "minmax"], cache=tmp_path)
+    assert [isinstance(c, Calibration) and c.reused for c in found.values()] == [True, False]
+    assert feeds.read == 3
+    told: list[float] = []
+    again = calibrate_many(
+        model, feeds, methods=["minmax", "percentile"], cache=tmp_path,
+        progress=lambda fraction, _: told.append(fraction),
+    )  # fmt: skip
+    assert list(again) == ["minmax", "percentile"]
+    assert (feeds.read, told) == (3, [1.0])
+
+
+def test_a_method_that_fails_leaves_the_others_their_ranges(tmp_path: Path) -> None:
+    model = save_chain(tmp_path / "m.onnx", weight=3e38)
+    feeds = ListFeeds([{"x": np.full((2, 4), v, np.float32)} for v in (0.5, 100)])
+    found = calibrate_many(model, feeds, cache=tmp_path / "cache")
+    assert isinstance(found["minmax"], Calibration)
+    for method in ("entropy", "percentile"):
+        error = found[method]
+        assert isinstance(error, CalibrationError)
+        assert error.message == (
+            f"calibration with method {method} fails: tensor 'h' inside the model is infinite or "
+            "NaN on the calibration feeds, first on sample 'sample 1'"
+        )
+        with pytest.raises(CalibrationError) as caught:
+            calibrate(model, feeds, method=method, cache=tmp_path / "cache")
+        assert caught.value.message == error.message
+    assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 1
+
+
+def test_a_histogram_tells_progress_over_both_runs(tmp_path: Path) -> None:
+    told: list[tuple[float, str]] = []
+    calibrate(
+        save_chain(tmp_path / "m.onnx"), some_feeds(2), method="entropy", cache=tmp_path / "cache",
+        progress=lambda *args: told.append(args),
+    )  # fmt: skip
+    assert told == [
+        (0.0, "calibrating: sample 1 of 2"),
+        (0.25, "calibrating: sample 2 of 2"),
+        (0.5, "calibrating: working out the ranges"),
+        (0.5, "calibrating: sample 1 of 2, again for the histograms"),
+        (0.75, "calibrating: sample 2 of 2, again for the histograms"),
+        (1.0, "calibrating: working out the ranges"),
+    ]
+
+
+@pytest.mark.parametrize("percentile", [-1.0, 100.5, float("nan")])
+def test_a_percentile_outside_of_its_range_is_the_callers_mistake(
+    tmp_path: Path, percentile: float
+) -> None:
+    with pytest.raises(ValueError, match="expected a number from 0 to 100"):
+        calibrate(
+            save_chain(tmp_path / "m.onnx"), some_feeds(), method="percentile",
+            percentile=percentile, cache=tmp_path,
+        )  # fmt: skip
+
+
+# -- against the installed ONNX Runtime ----------------------------------------------------------
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, feeds: ListFeeds) -> None:
+        self.iterator = iter(feeds)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.iterator, None)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_the_installed_onnx_runtime_keeps_the_contract(method: str) -> None:
+    """Where this fails, calibration still works by ONNX Runtime's own, slower and larger route."""
+    assert calibration._contract(method)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_the_file_makes_the_model_that_the_public_function_makes(
+    tmp_path: Path, method: str
+) -> None:
+    model, feeds = save_chain(tmp_path / "m.onnx", weight=0.3), some_feeds(4)
+    found = calibrate(model, feeds, method=method, cache=tmp_path / "cache")
+    made = []
+    for name, reader, ranges in (
+        ("public", Reader(feeds), tmp_path / "public.json"),
+        ("ours", None, found.path),
+    ):
+        with hushed():
+            quantize_static(
+                tmp_path / "m.onnx", tmp_path / f"{name}.onnx", reader,
+                calibrate_method=calibration.METHODS[method], calibration_cache_path=ranges,
+            )  # fmt: skip
+        made.append((tmp_path / f"{name}.onnx").read_bytes())
+    assert made[0] == made[1]
+    public, ours = (json.loads(p.read_text()) for p in (tmp_path / "public.json", found.path))
+    assert public == ours
+
+
+@pytest.fixture
+def other_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An ONNX Runtime whose histograms of values have twice the bins."""
+    collect = HistogramCollector.collect_value
+
+    def finer(self: HistogramCollector, name_to_arr: Any) -> None:
+        self.num_bins *= 2
+        try:
+            collect(self, name_to_arr)
+        finally:
+            self.num_bins //= 2
+
+    monkeypatch.setattr(HistogramCollector, "collect_value", finer)
+    calibration._contract.cache_clear()
+    yield
+    calibration._contract.cache_clear()
+
+
+@pytest.mark.usefixtures("other_onnx_runtime")
+def test_methods_that_onnx_runtime_counts_otherwise_are_left_to_it(tmp_path: Path) -> None:
+    model, feeds = save_chain(tmp_path / "m.onnx"), some_feeds(3)
+    kept = {m: calibration._contract(m) for m in calibration.METHODS}
+    assert kept == {"minmax": True, "entropy": False, "percentile": True}
+    told: list[float] = []
+    found = calibrate_many(
+        model, feeds, cache=tmp_path / "cache", progress=lambda f, _: told.append(f)
+    )
+    assert isinstance(found["entropy"], Calibration)
+    ranges = json.loads(found["entropy"].path.read_text())
+    assert len(ranges["data"]["x"]["hist"]["data"]) == 256
+    assert ranges["calibration_method"]["value"].endswith("Entropy")
+    assert told == sorted(told)
+    assert feeds.read == 3 * 3
+
+
+@pytest.mark.usefixtures("other_onnx_runtime")
+def test_the_route_by_onnx_runtime_refuses_samples_of_unequal_shape(tmp_path: Path) -> None:
+    model = save_chain(tmp_path / "m.onnx")
+    feeds = ListFeeds([{"x": np.ones((rows, 4), np.float32)} for rows in (2, 3)])
+    with pytest.raises(CalibrationError) as caught:
+        calibrate(model, feeds, method="entropy", cache=tmp_path / "cache")
+    assert caught.value.message == (
+        "sample 'sample 1': input 'x' has shape [3, 4], the samples before it [2, 4]; "
+        "entropy and percentile need equal shapes"
+    )
+    assert "--method minmax" in caught.value.hint
+    found = calibrate_many(model, feeds, cache=tmp_path / "cache")
+    assert [type(c) for c in found.values()] == [Calibration, CalibrationError, Calibration]
+
+
+@pytest.mark.usefixtures("other_onnx_runtime")
+def test_the_route_by_onnx_runtime_explains_infinity(tmp_path: Path) -> None:
+    model = save_chain(tmp_path / "m.onnx", weight=3e38)
+    feeds = ListFeeds([{"x": np.full((2, 4), 100.0, np.float32)}])
+    with pytest.raises(CalibrationError, match="infinite or NaN on the calibration feeds"):
+        calibrate(model, feeds, method="entropy", cache=tmp_path / "cache")
+
+
+# -- what is refused, and what is left alone -----------------------------------------------------
 
 
 def test_an_infinite_activation_is_said_with_the_tensor(tmp_path: Path) -> None:

@@ -914,3 +914,147 @@ def test_a_gate_that_a_hidden_collapse_passes_says_so(capsys: pytest.CaptureFixt
     )  # fmt: skip
     assert code == 0
     assert "warning: the gate passed, but: Output output0" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- recipes
+
+RECIPES = ("recipes", "float.onnx", "--inputs", "inputs")
+
+
+def test_recipes_are_a_table_best_first_with_the_command_that_makes_the_best(
+    run: Run, tmp_path: Path
+) -> None:
+    target = tmp_path / "table.json"
+    code, out, err = run(*RECIPES, "--most", "4", "--json", target)
+    assert (code, err) == (0, "")
+    table = json.loads(target.read_text(encoding="utf-8"))
+    assert (table["format"], table["version"]) == ("quant-inspector/recipes", 1)
+    done = [row for row in table["rows"] if row["state"] == "done"]
+    assert len(done) == 4
+    assert out.startswith(f"Best of 4 recipes: {done[0]['label']}, ")
+    places = [out.index(f"  {row['label']} ") for row in done]
+    assert places == sorted(places)
+    numbers = [row["deployed_sqnr_db"] for row in done]
+    assert numbers == sorted(numbers, reverse=True)
+    assert "no kernels for S8 activations with U8 weights" in out.split("Not possible")[1]
+    assert "68 recipes not tried" in out
+    command = out.rstrip().splitlines()[-1].strip()
+    assert command == table["command"]
+    assert command.startswith("quant-inspector quantize float.onnx -o ")
+
+
+def test_a_recipes_figures_are_those_of_compare_for_its_file(run: Run, tmp_path: Path) -> None:
+    folder, target = tmp_path / "kept", tmp_path / "table.json"
+    assert run(*RECIPES, "--most", "2", "--keep", folder, "--json", target)[0] == 0
+    rows = [
+        row
+        for row in json.loads(target.read_text(encoding="utf-8"))["rows"]
+        if row["state"] == "done"
+    ]
+    files = sorted(folder.iterdir())
+    assert len(rows) == len(files) == 2
+    for file in files:
+        code, out, _ = run("compare", "float.onnx", file, "--inputs", "inputs", "--json", "-")
+        assert code == 0
+        whole = json.loads(out)
+        row = next(r for r in rows if r["sha256"] == whole["quantized_model"]["sha256"])
+        (mine,), (theirs,) = row["outputs"], whole["outputs"]
+        for key in ("name", "sqnr_db", "deployed_sqnr_db"):
+            assert mine[key] == (
+                theirs[key] if key == "name" else pytest.approx(theirs[key], abs=1e-9)
+            )
+        assert row["size_bytes"] == whole["quantized_model"]["size_bytes"]
+
+
+def test_the_command_of_the_best_recipe_makes_its_file(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(*RECIPES, "--most", "2", "--json", "-")
+    table = json.loads(out)
+    words = table["command"].split()[1:]
+    words[words.index("-o") + 1] = str(tmp_path / "best.onnx")
+    assert code == run(*words)[0] == 0
+    assert load_model(tmp_path / "best.onnx").sha256 == table["rows"][0]["sha256"]
+
+
+def test_recipes_start_from_a_recipe_and_need_feeds(run: Run, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"format": "dynamic"}), encoding="utf-8")
+    code, out, _ = run(*RECIPES, "--recipe", recipe, "--most", "1", "--json", "-")
+    assert code == 0
+    assert len(json.loads(out)["rows"]) == 8
+    assert_user_error(run("recipes", "float.onnx"), "give --inputs PATH")
+    assert_user_error(run(*RECIPES, "--keep", "float.onnx"), "float.onnx is a file")
+    assert_user_error(run(*RECIPES, "--json", "float.onnx"), "would be overwritten")
+    assert_user_error(run(*RECIPES, "--mask", "nothing"), "no input 'nothing'")
+    assert_user_error(run(*RECIPES, "--provider", "Nothing"), "has no 'Nothing'")
+
+
+# -------------------------------------------------------------------------------------- free
+
+
+FREE = ("free", "float.onnx", "int8.onnx")
+
+
+def test_free_writes_a_file_says_what_changed_and_compares_it(run: Run, tmp_path: Path) -> None:
+    out_file = tmp_path / "freed.onnx"
+    code, out, err = run(*FREE, "-o", out_file, "--exclude", "gemm", "--inputs", "inputs")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert re.fullmatch(rf"wrote {out_file}: 0\.0\d MB, int8\.onnx has 0\.0\d MB", lines[0])
+    assert "  gemm: still fed by Q/DQ" in lines
+    assert any(line.startswith("Output y ") for line in lines)
+    before, after = (onnx.load(p) for p in ("int8.onnx", out_file))
+    names = {i.name for i in after.graph.initializer}
+    assert {"gw", "w_quantized"} <= names
+    assert "gw_quantized" in {i.name for i in before.graph.initializer} - names
+
+
+def test_free_with_every_node_gives_the_float_models_figures(run: Run, tmp_path: Path) -> None:
+    words = (*FREE, "-o", tmp_path / "freed.onnx", "--exclude", "*", "--random", "2")
+    code, out, err = run(*words, "--json", "-")
+    assert code == 0, err
+    (output,) = json.loads(out)["outputs"]
+    assert output["sqnr_db"] == "Infinity" or output["sqnr_db"] > 100
+    assert "warning: * stands for 5 nodes" in err
+
+
+def test_free_takes_the_lists_that_quantize_saves(run: Run, tmp_path: Path) -> None:
+    listed = tmp_path / "list.json"
+    made = ("quantize", "float.onnx", "-o", tmp_path / "q.onnx", "--inputs", "inputs")
+    assert run(*made, "--exclude", "conv", "--save-exclusions", listed)[0] == 0
+    code, out, err = run(*FREE, "-o", tmp_path / "freed.onnx", "--exclude", listed)
+    assert code == 0, err
+    assert "  conv: " in out
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("-o", "int8.onnx", "--exclude", "conv"), ("int8.onnx is an input of this command",)),
+        (("-o", "float.onnx", "--exclude", "conv"), ("float.onnx is an input of this command",)),
+        (("-o", "OUT", "--exclude", "no such"), ("no node 'no such'",)),
+        (("-o", "OUT", "--exclude", "none*"), ("the pattern 'none*' matches none",)),
+        (("-o", "OUT"), ("Missing option '--exclude'",)),
+        (("-o", "OUT", "--exclude", "conv", "--json", "-"), ("--json writes a comparison",)),
+        (("-o", "no/OUT", "--exclude", "conv"), ("the folder", "does not exist")),
+    ],
+)
+def test_free_refuses_what_it_cannot_do(
+    run: Run, tmp_path: Path, words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    words = tuple(word.replace("OUT", str(tmp_path / "out.onnx")) for word in words)
+    if "no/" in words[1]:
+        words = ("-o", str(tmp_path / "no" / "out.onnx"), *words[2:])
+    held = {p: p.read_bytes() for p in (Path("float.onnx"), Path("int8.onnx"))}
+    assert_user_error(run(*FREE, *words), *parts)
+    assert held == {p: p.read_bytes() for p in held}
+    assert not list(tmp_path.iterdir())
+
+
+def test_free_refuses_a_file_without_quantization(run: Run, tmp_path: Path) -> None:
+    save(one_matmul(), tmp_path / "a.onnx")
+    other = one_matmul()
+    other.producer_name = "other"
+    save(other, tmp_path / "b.onnx")
+    words = ("free", tmp_path / "a.onnx", tmp_path / "b.onnx", "-o", tmp_path / "c.onnx")
+    assert_user_error(run(*words, "--exclude", "matmul"), "nothing is quantized in b.onnx")
+    assert not (tmp_path / "c.onnx").exists()

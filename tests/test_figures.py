@@ -26,6 +26,9 @@ from inspector.comparison import (
     OutputError,
     SliceError,
 )
+from inspector.distribution import distribution_of_detail
+from inspector.grid_schemes import SCHEMES
+from inspector.lab import compare_schemes, trial
 
 INF, NAN = math.inf, math.nan
 
@@ -809,3 +812,189 @@ def test_values_that_are_not_finite_in_both_models_are_not_called_exact() -> Non
         comparison([activation("a", INF), activation("b", NAN, nonfinite=(3, 3))])
     )
     assert "stop being finite" in figure.layout.title.text
+
+
+# --- the lab -------------------------------------------------------------------------------------
+
+
+def tried(record: dict[str, Any], low: float, high: float, *, bits: int = 8) -> Any:
+    scheme = SCHEMES["ort-int8"].with_bits(bits)
+    return trial(distribution_of_detail(record), scheme, low, high)
+
+
+def test_the_lab_shows_both_handles_the_levels_and_what_is_clipped() -> None:
+    record = detail()
+    found = tried(record, -0.5, 0.75, bits=4)
+    figure = figures.lab_figure(record, found)
+    assert title(figure).startswith(f"ONNX Runtime int4 asymmetric gives {found.sqnr_db:.1f} dB: ")
+    assert f"step {found.scale:.4g} · zero point {found.zero_point:.0f} · 16 levels" in title(
+        figure
+    )
+    low, high = (100 * f for f in (found.clipped_low_fraction, found.clipped_high_fraction))
+    assert f"low -0.5: {low:.1f} % clipped" in labels(figure)
+    assert f"high 0.75: {high:.1f} % clipped" in labels(figure)
+    assert list(trace(figure, "levels", drawn=True).x) == found.levels.tolist()
+    lines = [s.x0 for s in figure.layout.shapes if s.type == "line"]
+    assert lines == [-0.5, 0.75]
+    veils = [(s.x0, s.x1) for s in figure.layout.shapes if s.type == "rect"]
+    assert [veils[0][1], veils[1][0]] == [-0.5, 0.75]
+    total = sum(record["float_counts"]) + record["float_below"] + record["float_above"]
+    for side, end, share, edge in (
+        ("below", found.clip_low, found.clipped_low_fraction, -1),
+        ("above", found.clip_high, found.clipped_high_fraction, 0),
+    ):
+        tail = trace(figure, f"clipped {side}")
+        outside = record[f"float_{side}"]
+        assert tail.x[edge] == pytest.approx(end)
+        assert sum(tail.meta["y"]) + outside == pytest.approx(share * total)
+    assert {row["trace"] for row in rows(figure)} == {"float", "clipped below", "clipped above"}
+
+
+def test_the_lab_draws_no_tail_where_nothing_is_clipped_and_no_comb_of_many_levels() -> None:
+    record = detail()
+    figure = figures.lab_figure(record, tried(record, -9.0, 9.0, bits=16), dark=True)
+    assert "nothing is clipped" in title(figure)
+    assert {t.name for t in figure.data} == {"float"}
+    assert figure.layout.xaxis.range[1] == pytest.approx(7.5, rel=0.05)  # not all the way to 9
+    assert "high 9: 0 % clipped ▶" in labels(figure)
+    near = figures.lab_figure(record, tried(record, -2.0, 2.0))
+    assert len(trace(near, "levels", drawn=True).x) == 256
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_lab_is_drawn_whatever_the_tensor_holds(dark: bool) -> None:
+    empty = detail(np.empty(0), nonfinite=12, count=12)
+    flat = detail(np.zeros(50), edges=[0.0, 0.0], float_counts=[50], quantized_counts=[50])
+    hostile = detail(tensor="<b>x</b>")
+    for record in (empty, flat, hostile, {"tensor": "x"}):
+        for name in SCHEMES:
+            known = distribution_of_detail(record)
+            figure = figures.lab_figure(record, trial(known, SCHEMES[name], -1, 1), dark=dark)
+            assert title(figure)
+            assert "<b>x</b>" not in title(figure)
+            json.loads(figure.to_json())
+            figures.figure_csv(figure)
+
+
+def test_scheme_bars_are_best_first_with_mistakes_above_what_was_meant() -> None:
+    known = distribution_of_detail(detail())
+    found = compare_schemes(known, -1.5, 1.5)
+    figure = figures.scheme_bars(found, selected="ort-uint8")
+    bars = trace(figure, "SQNR")
+    label = list(figure.layout.yaxis.ticktext)
+    at = label.index("Intel's table uint8 symmetric, published")
+    assert label[at + 1] == "Intel's table uint8 symmetric, correct"
+    row = next(r for r in found if r.scheme.name == "intel-uint8-symmetric")
+    assert row.correct is not None
+    assert bars.meta["x"][at : at + 2] == [row.published.sqnr_db, row.correct.sqnr_db]
+    assert [bars.marker.pattern.shape[i] for i in (at, at + 1)] == ["/", ""]
+    assert row.scheme.error in bars.hovertext[at]
+    assert bars.customdata[at : at + 2] == ("intel-uint8-symmetric", "ort-uint8-symmetric")
+    right = [db for db, name in zip(bars.meta["x"], label, strict=True) if "published" not in name]
+    assert right == sorted(right, reverse=True)
+    assert bars.marker.line.width[list(bars.customdata).index("ort-uint8")] == 2
+    assert title(figure).startswith(f"{label[0]} is best: {right[0]:.1f} dB")
+    assert len(rows(figure)) == len(label)
+
+
+def test_scheme_bars_of_nothing_and_of_exact_values_say_so() -> None:
+    assert title(figures.scheme_bars([])) == "No scheme is compared"
+    names = ["ort-int8-symmetric", "ort-uint8"]
+    exact = compare_schemes(np.zeros(4), 0.0, 0.0, names=names)
+    assert title(figures.scheme_bars(exact, True)).startswith("Every scheme is exact")
+    alike = compare_schemes(np.linspace(-1, 1, 999), -1, 1, names=["ort-uint8", "affine-uint8"])
+    assert ", 1 other within 0.1 dB" in title(figures.scheme_bars(alike))
+
+
+# --- recipes ---------------------------------------------------------------------------------
+
+
+def recipe_row(
+    label: str,
+    db: Any,
+    seconds: float | None,
+    *,
+    size: int = 100_000,
+    state: str = "done",
+    per_channel: bool = True,
+    same_as: str = "",
+) -> dict[str, Any]:
+    """A row of a "quant-inspector/recipes" table."""
+    latency = {"median_seconds": seconds, "spread_seconds": 0.0, "float_seconds": 0.002, "runs": 6}
+    return {
+        "label": label,
+        "state": state,
+        "recipe": {"per_channel": per_channel},
+        "deployed_sqnr_db": db,
+        "unseen_sqnr_db": db,
+        "task": None,
+        "latency": None if seconds is None else latency,
+        "size_bytes": size,
+        "same_as": same_as,
+    }
+
+
+def recipe_marks(figure: Any) -> dict[str, tuple[float, float]]:
+    """(x, y) of every mark by the name it selects."""
+    return {
+        name: (x, y)
+        for trace in figure.data
+        if trace.customdata is not None
+        for name, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
+    }
+
+
+def test_each_recipe_is_a_mark_at_its_time_and_figure_and_its_area_is_its_size() -> None:
+    rows = [
+        recipe_row("a", 30.0, 0.004, size=400_000),
+        recipe_row("b", 29.5, 0.001, per_channel=False),
+        recipe_row("c", 12.0, 0.003),
+        recipe_row("same", 29.5, 0.001, same_as="b"),
+        recipe_row("no time", 20.0, None),
+        recipe_row("waits", None, None, state="waiting"),
+    ]
+    figure = figures.recipes(rows, selected="same", current="c")
+    assert recipe_marks(figure) == {"a": (4.0, 30.0), "b": (1.0, 29.5), "c": (3.0, 12.0)}
+    assert figure.layout.title.text.startswith(
+        "The best recipe gives 30.0 dB in 4 ms; b 29.5 dB in 1 ms"
+    )
+    by_name = {trace.name: trace for trace in figure.data}
+    largest, smallest = by_name["per channel"].marker.size
+    assert (largest - 8) / (smallest - 8) == pytest.approx(2)  # a quarter of the bytes
+    assert by_name["per tensor"].marker.line.width == (3.0,), "the twin of the selected one"
+    assert by_name["per channel"].marker.line.width == (1.0, 1.0)
+    assert list(by_name["frontier"].x) == [1.0, 4.0]
+    assert {a.text for a in figure.layout.annotations} == {"float 2 ms", "best", "this run"}
+    table = list(csv.DictReader(io.StringIO(figures.figure_csv(figure))))
+    assert {row["text"]: (row["x"], row["y"]) for row in table} == {
+        "a": ("4", "30"),
+        "b": ("1", "29.5"),
+        "c": ("3", "12"),
+    }
+    low, high = figure.layout.yaxis.range
+    assert low < 12
+    assert high > 30
+
+
+def test_recipes_without_a_number_lie_on_rails() -> None:
+    rows = [
+        recipe_row("exact", "Infinity", 0.001),
+        recipe_row("plain", 20.0, 0.002),
+        recipe_row("broken", "NaN", 0.003),
+    ]
+    figure = figures.recipes(rows, dark=True)
+    marks = recipe_marks(figure)
+    assert marks["exact"][1] > 50 > marks["plain"][1] > 0 > marks["broken"][1]
+    assert "gives exact in 1 ms; none within 1 dB of it is faster" in figure.layout.title.text
+    table = list(csv.DictReader(io.StringIO(figures.figure_csv(figure))))
+    assert [row["y"] for row in table] == ["Infinity", "20", "NaN"]
+
+
+def test_a_table_without_a_figure_says_so() -> None:
+    assert "No recipe has a figure yet" in figures.recipes([]).layout.title.text
+    untimed = figures.recipes([recipe_row("a", 30.0, None)])
+    assert "could be timed" in untimed.layout.annotations[0].text
+    only = figures.recipes([recipe_row("<b>one</b>", 30.0, 0.001)], current="<b>one</b>")
+    assert only.layout.title.text.startswith("The first recipe gives 30.0 dB in 1 ms")
+    assert "<b>&lt;b&gt;one" in only.data[1].hovertext[0]
+    assert "best, and this run" in {a.text for a in only.layout.annotations}

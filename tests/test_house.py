@@ -29,16 +29,15 @@ TOP_LEVEL = {
 }
 # Who may import what; names are modules of inspector/, "web", "pages" and "app".
 DOORS = {
-    "onnxruntime": {"runtime", "timing", "calibration", "prepare", "quantize"},
-    "onnx": {
-        "model",
-        "model_checks",
-        "model_files",
-        "folding",
-        "runtime",
-        "prepare",
+    "onnxruntime": {
+        *("runtime", "timing", "twin", "observers", "calibration", "prepare", "quantizer"),
         "quantize",
-        "arrays",
+    },
+    "onnx": {
+        *("model", "model_checks", "model_files", "folding", "runtime", "arrays", "twin"),
+        "isolation",
+        *("observers", "calibration", "prepare", "quantizer", "switchboard", "quantize"),
+        *("float_constants", "sites", "freed_graph", "rewrite", "freed_file"),
     },
     "onnx_ir": {"model", "quantize"},
     "plotly": {"figures"},

@@ -13,8 +13,8 @@ Calibrating once, quantizing often:
     ... also while quantizing: test_quantize.test_the_users_folders_loggers_and_screen_are_left_alone
     re-quantizing runs samples again: test_quantize.test_a_second_recipe_reuses_the_ranges
     CalibMaxIntermediateOutputs drops data: test_every_sample_counts_in_calibration_however_many
-    histograms fail on ragged samples: test_calibration.test_histograms_refuse_samples_of_unequal_shape
-    ... also ragged inside the model: test_calibration.test_a_tensor_that_is_ragged_inside_the_model_is_explained
+    histograms fail on ragged samples, here they do not: test_calibration.test_samples_of_unequal_shape_are_calibrated_as_their_values_in_one
+    ... also ragged inside the model: test_calibration.test_a_tensor_that_is_ragged_inside_the_model_is_calibrated
     histograms fail on infinity: test_calibration.test_an_infinite_activation_is_said_with_the_tensor
     a Percentile cache stores counts under the names of ranges: test_percentile_ranges_from_disk_are_real_values
     MinMax leaves NaN out: test_a_nan_that_calibration_left_out_is_named_when_comparing

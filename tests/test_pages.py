@@ -30,9 +30,9 @@ from inspector.comparison import (
     Skipped,
     Unmatched,
 )
-from inspector.errors import ModelError
+from inspector.errors import Cancelled, ModelError
 from inspector.render import comparison_json, read_comparison
-from inspector.store import FeedSource, Workspace
+from inspector.store import PROFILE_KEY, FeedSource, Workspace
 from inspector.web import forms, session, tables, tasks
 from inspector.web.words import md_code, md_text
 from tests.samples import ROOT, array, floats, model, qdq_of, save
@@ -40,7 +40,7 @@ from tests.samples import ROOT, array, floats, model, qdq_of, save
 # What `app.py` gives to `st.App`. Run from `app.py`, Streamlit's test runner would open the pages
 # of the folder beside it directly, without the frame around them.
 PORTAL = ROOT / "inspector" / "web" / "portal.py"
-PAGES = ("models", "overview", "tensors", "exclusions", "report")
+PAGES = ("models", "overview", "tensors", "exclusions", "recipes", "report")
 SAMPLE = ROOT / "sample_models" / "digit-detector"
 PATIENCE = 90.0
 
@@ -233,8 +233,8 @@ def test_two_tabs_keep_each_others_ticks(loaded: Workspace) -> None:
 def test_all_like_this_ticks_the_op_type_of_the_last_tick(loaded: Workspace) -> None:
     test = app("exclusions")
     assert "1 node to leave in float" in words(test), "the shown run's own list"
-    button = test.button(key="all-like-this")
-    assert button.label == "All like this: Concat (4)"
+    button = test.button(key="tick-more-0")
+    assert button.label == "All Concat (4)"
     button.click().run()
     assert "4 nodes to leave in float" in words(test)
 
@@ -262,10 +262,76 @@ def test_freeing_a_node_fully_shows_the_nodes_before_it_ticks_them(loaded: Works
     assert "1 node to leave in float" not in words(test)
 
 
+def test_a_tick_is_previewed_before_anything_is_quantized(loaded: Workspace) -> None:
+    before = loaded.runs(loaded.current_pair() or "")
+    test = app("exclusions")
+    test.button(key="tick-more-0").click().run()
+    wait(test, lambda page: "Preview: 4 nodes in float would give" in words(page))
+    labels = [metric.label for metric in test.metric]
+    assert labels == [
+        "Output SQNR, preview", "Tensors in float", "MACs in float", "Size, latency",
+    ]  # fmt: skip
+    assert loaded.runs(loaded.current_pair() or "") == before
+
+
+def test_what_the_preview_said_stands_beside_what_came(loaded: Workspace) -> None:
+    test = app("exclusions")
+    test.button(key="tick-more-0").click().run()
+    wait(test, lambda page: "Preview: 4 nodes in float" in words(page))
+    test.button(key="requantize").click().run()
+    wait(test, lambda page: "4 nodes left in float" in words(page) and "run" in page.query_params)
+    assert re.search(r"run 1 → run \d+; preview \d+\.\d dB, as it came", words(test))
+
+
+def lab(test: AppTest) -> AppTest:
+    """A tensor page with its lab open and the tensor's values there."""
+    test.segmented_control(key="tensor-view").set_value("Range and scheme").run()
+    return wait(test, lambda page: any("SQNR of this tensor" in m.label for m in page.metric))
+
+
+def test_another_range_is_tried_and_kept_for_the_next_run(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    test = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
+    key = f"lab-{run}-/head/Sigmoid_output_0"
+    before = next(m.value for m in test.metric if m.label == "SQNR of this tensor")
+    test.selectbox(key=f"{key}-way").set_value("percentile-99.9").run()
+    assert next(m.value for m in test.metric if m.label == "SQNR of this tensor") != before
+    wait(test, lambda page: "Preview: 1 grid set by hand" in words(page))
+    assert test.button(key="lab-drop").disabled
+    test.button(key="lab-use").click().run()
+    assert test.button(key="lab-use").disabled
+    [entry] = test.session_state["overrides"][run]
+    assert entry["tensor"] == "/head/Sigmoid_output_0"
+    test.button(key="lab-drop").click().run()
+    assert test.session_state["overrides"][run] == []
+
+
+def test_a_scheme_that_no_recipe_can_have_is_not_offered_for_the_run(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    test = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
+    test.selectbox(key=f"lab-{run}-/head/Sigmoid_output_0-scheme").set_value("mid-rise").run()
+    assert "Outputs not previewed: no ONNX type has this grid" in words(test)
+    assert test.button(key="lab-use").disabled
+
+
+def test_a_grid_set_by_hand_goes_into_the_next_run(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    test = app("exclusions", run=run)
+    entry = {"tensor": "/head/Sigmoid_output_0", "low": 0.0, "high": 0.5}
+    test.session_state["overrides"] = {run: [entry]}
+    test.run()
+    wait(test, lambda page: "Preview: 1 grid set by hand" in words(page))
+    assert "Changed: overrides" in words(test)
+    test.button(key="requantize").click().run()
+    wait(test, lambda page: page.query_params.get("run") not in (None, [run], run))
+    made = loaded.runs(loaded.current_pair() or "")[-1]
+    assert made.recipe["overrides"] == [entry]
+
+
 def test_requantizing_opens_the_new_run(loaded: Workspace) -> None:
     before = len(loaded.runs(loaded.current_pair() or ""))
     test = app("exclusions")
-    test.button(key="all-like-this").click().run()
+    test.button(key="tick-more-0").click().run()
     test.button(key="requantize").click().run()
     # The run is on disk a moment before its job is over, and only then in the address.
     wait(test, lambda page: "4 nodes left in float" in words(page) and "run" in page.query_params)
@@ -277,7 +343,7 @@ def test_requantizing_opens_the_new_run(loaded: Workspace) -> None:
 def test_a_stopped_job_leaves_everything_as_it_was(loaded: Workspace) -> None:
     before = loaded.runs(loaded.current_pair() or "")
     test = app("exclusions")
-    test.button(key="all-like-this").click().run()
+    test.button(key="tick-more-0").click().run()
     test.button(key="requantize").click().run()
     stop = next(each for each in test.button if str(each.key).startswith("stop-requantize"))
     stop.click().run()
@@ -777,3 +843,110 @@ def test_feeds_are_marked_when_they_are_random(empty: Workspace) -> None:
         inputs=FeedSource(kind="random", samples=2, title="2 random feeds"),
     )
     assert "2 random feeds" in words(app("overview", run=run_id))
+
+
+# Recipes.
+
+
+def try_some(workspace: Workspace, most: int = 3) -> list[dict[str, Any]]:
+    """The rows of the table once so many recipes were tried and the job was stopped."""
+
+    def stop(_fraction: float, message: str) -> None:
+        if message.startswith(f"recipe {most + 1} of"):
+            raise Cancelled
+
+    pair = workspace.current_pair() or ""
+    with pytest.raises(Cancelled):
+        workbench.try_recipes(workspace.root, run_id=workspace.runs(pair)[0].id, progress=stop)
+    rows: list[dict[str, Any]] = workspace.recipes(pair)["rows"]
+    return rows
+
+
+def table_of(test: AppTest, column: str) -> Any:
+    return next(each.value for each in test.dataframe if column in each.value)
+
+
+def test_before_any_recipe_was_tried_the_page_offers_to_try_them(loaded: Workspace) -> None:
+    test = app("recipes")
+    text = words(test)
+    assert "No recipe has been tried yet" in text
+    assert "MinMax, Percentile and Entropy, per tensor and per channel" in text
+    assert test.button(key="try-recipes").label == "Try the recipes"
+    assert not any("label" in each.value for each in test.dataframe)
+    assert "make-run" not in {each.key for each in test.button}
+
+
+def test_recipes_are_tried_in_the_worker_and_stay_when_it_is_stopped(loaded: Workspace) -> None:
+    test = app("recipes")
+    test.button(key="try-recipes").click().run()
+    job = session.running_title("Trying recipes")
+    assert job is not None
+    wait(test, lambda page: any("label" in each.value for each in page.dataframe))
+    session.stop_job(job.id)
+    wait(test, lambda page: any(each.key == "try-recipes" for each in page.button))
+    rows = loaded.recipes(loaded.current_pair() or "")["rows"]
+    done = [row for row in rows if row["state"] == "done"]
+    assert done
+    assert list(table_of(test, "label")["label"]) == [row["label"] for row in done]
+    assert re.fullmatch(r"Try the other \d\d", test.button(key="try-recipes").label)
+
+
+def test_the_best_recipe_is_selected_until_another_is_chosen(loaded: Workspace) -> None:
+    rows = try_some(loaded)
+    test = app("recipes")
+    text = words(test)
+    assert f"Best of 3 recipes: {rows[0]['label']}, 42." in text
+    assert "but its worst part 0.0 dB" in text, "the pooled figure hides the scores"
+    assert f"Selected: **{rows[0]['label']}**" in text
+    assert rows[0]["label"].split(" · ")[0] in text
+    test = app("recipes", recipe=rows[1]["label"])
+    text = words(test)
+    assert f"Selected: **{rows[1]['label']}**" in text
+    deployed = f"{rows[1]['deployed_sqnr_db']:.1f} dB"
+    assert f"Output SQNR, deployed {deployed} worst part 0.0 dB · best 42." in text
+    assert "24 recipes without a model, and why" in [each.label for each in test.expander]
+    assert "no kernels for S8" in str(table_of(test, "Reason")["Reason"][0])
+    assert "quant-inspector quantize" in test.code[0].value
+
+
+def test_an_unknown_recipe_in_the_address_falls_back_to_the_best(loaded: Workspace) -> None:
+    rows = try_some(loaded, 1)
+    assert f"Selected: **{rows[0]['label']}**" in words(app("recipes", recipe="<b>nothing</b>"))
+
+
+def test_a_recipe_becomes_the_run(loaded: Workspace) -> None:
+    rows = try_some(loaded, 2)
+    row = next(each for each in rows if each["recipe"]["per_channel"])
+    test = app("recipes", recipe=row["label"])
+    test.button(key="make-run").click().run()
+    wait(test, lambda page: "run" in page.query_params)
+    run = loaded.run(
+        test.query_params["run"]
+        if isinstance(test.query_params["run"], str)
+        else test.query_params["run"][0]
+    )
+    assert (run.recipe, run.exclusions) == (row["recipe"], ())
+    assert run.model.sha256 == row["sha256"]
+    test = app("recipes", run=run.id, recipe=row["label"])
+    assert test.button(key="make-run").label == "This is the run"
+    assert test.button(key="make-run").disabled
+    assert list(table_of(test, "label")["sign"]).count("▸●") == 1
+
+
+# Time per node.
+
+
+def test_nodes_are_timed_on_request_and_join_the_table(loaded: Workspace) -> None:
+    test = app("overview")
+    assert not any("time" in each.value for each in test.dataframe)
+    test.button(key="time-nodes").click().run()
+    wait(test, lambda page: any("time" in each.value for each in page.dataframe))
+    frame = table_of(test, "time")
+    times = loaded.detail(last_run(loaded), PROFILE_KEY)
+    assert times is not None
+    took = times["quantized"]["deployed"]["tensors"]
+    names = {a.name: a.quantized_name for a in session.comparison_of(last_run(loaded)).activations}
+    for name, micros in zip(frame["name"], frame["time"], strict=True):
+        wanted = took.get(names.get(name, ""))
+        assert (micros == pytest.approx(1e6 * wanted)) if wanted else np.isnan(micros)
+    assert "time-nodes" not in {each.key for each in test.button}

@@ -1375,3 +1375,46 @@ def test_description_of_a_file_names_bodies_and_what_could_not_be_read() -> None
         "skipped   5 × node (quantized model): its scale … is computed from inputs  "
         "[/q0, /q1, /q2, … 2 more]",
     ]
+
+
+# Recipes.
+
+
+def recipe_table(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": list(rows), "samples": 1, "random_feeds": False, "command": None}
+
+
+def recipe_line(label: str, state: str = "done", **more: Any) -> dict[str, Any]:
+    row = {
+        "label": label, "state": state, "reason": "", "sqnr_db": 20.0, "deployed_sqnr_db": 19.0,
+        "unseen_sqnr_db": None, "worst_part_sqnr_db": None, "task": None, "latency": None,
+        "size_bytes": 1200, "same_as": "",
+    }  # fmt: skip
+    return row | more
+
+
+def test_recipes_open_with_the_best_and_name_what_its_pooled_figure_hides() -> None:
+    best = recipe_line("A", deployed_sqnr_db="Infinity")
+    text = render.recipes_text(recipe_table(best, recipe_line("B", same_as="A")))
+    assert text.startswith("Best of 2 recipes: A, exact\n")
+    assert "the file is the same, byte for byte" in text
+    hidden = recipe_line("A", worst_part_sqnr_db=0.0)
+    assert render.recipe_finding(recipe_table(hidden)) == (
+        "Best of 1 recipe: A, 19.0 dB, but its worst part 0.0 dB"
+    )
+    assert "worst part" in render.recipes_text(recipe_table(hidden))
+    assert "worst part" not in text
+
+
+def test_recipes_without_a_model_are_grouped_by_reason() -> None:
+    rows = [recipe_line(f"R{at}", "failed", reason="it \x1b[31m broke") for at in range(5)]
+    rows += [recipe_line("S", "waiting"), recipe_line("T", "impossible", reason="no kernels")]
+    text = render.recipes_text(recipe_table(*rows))
+    assert text.startswith("None of 5 recipes gave a model")
+    assert "Gave no model\n  it" in text
+    assert "R2\n    … 2 more" in text
+    assert "R3" not in text
+    assert "\x1b" not in text
+    assert "Not possible\n  no kernels\n    T" in text
+    assert "1 recipe not tried" in text
+    assert render.recipe_finding(recipe_table()) == "No recipe was tried"

@@ -564,3 +564,19 @@ def test_two_processes_write_while_a_third_reads_only_whole_entries(workspace: W
         assert [file.name for file in folder.iterdir()] == ["a.npz"]
     for model in (workspace.root / "models").glob("*/a.onnx"):
         assert hashlib.sha256(model.read_bytes()).hexdigest() == model.parent.name
+
+
+def test_a_pairs_recipes_are_kept_with_it_and_lost_ones_are_empty(workspace: Workspace) -> None:
+    pair = a_pair(workspace)
+    workspace.save_pair(pair)
+    assert workspace.recipes(pair.id) == {}
+    workspace.save_recipes(pair.id, {"rows": [{"label": "a"}]})
+    assert Workspace(workspace.root).recipes(pair.id) == {"rows": [{"label": "a"}]}
+    workspace.save_recipes(pair.id, {"rows": []})
+    assert workspace.recipes(pair.id) == {"rows": []}
+    (workspace.root / "pairs" / pair.id / "recipes.json").write_text("{half")
+    assert workspace.recipes(pair.id) == {}
+    with pytest.raises(ReportError, match="NaN or infinity"):
+        workspace.save_recipes(pair.id, {"rows": [float("nan")]})
+    with pytest.raises(ReportError, match="there is no pair"):
+        workspace.recipes("0" * 32)

@@ -17,7 +17,7 @@ from inspector.errors import Cancelled, FeedError, ModelError, ReportError
 from inspector.feeds import load_feeds
 from inspector.model_files import load_model
 from inspector.render import read_comparison, strict
-from inspector.store import FeedSource, PairOptions, Workspace, detail_key
+from inspector.store import PROFILE_KEY, FeedSource, PairOptions, Workspace, detail_key
 from inspector.web import matches
 from tests.samples import (
     MODELS,
@@ -537,3 +537,85 @@ def test_app_and_command_line_give_the_same_bytes_and_numbers(tmp_path: Path) ->
     assert cli("quantize", folder / "model.onnx", "-o", again, "--inputs", folder / "inputs",
                "--exclude", listed) == 0  # fmt: skip
     assert again.read_bytes() == out.read_bytes()
+
+
+# Time and recipes.
+
+
+def test_a_run_is_profiled_once_and_both_models_by_tensor(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workspace = Workspace(tmp_path)
+    assert workspace.detail(run_id, PROFILE_KEY) is None
+    told: list[str] = []
+    found = workbench.profile_run(
+        tmp_path, run_id=run_id, progress=lambda _fraction, message: told.append(message)
+    )
+    assert "timing the quantized model, deployed" in told
+    assert set(found) == {"float", "quantized"}
+    simulated = found["quantized"]["simulated"]
+    assert {n["name"] for n in simulated["times"]["nodes"]} == {
+        n.name for n in load_model(tmp_path / "small" / "quantized.onnx").nodes
+    }
+    assert set(found["float"]["simulated"]["tensors"]) == {"c", "r", "y"}
+    assert {"c", "r", "r_dq", "odd", "y"} <= set(simulated["tensors"])
+    assert workspace.detail(run_id, PROFILE_KEY) == found
+    assert workbench.profile_run(tmp_path, run_id=run_id) == found
+
+
+def test_recipes_are_stored_as_they_are_done_and_go_on_after_a_stop(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workspace = Workspace(tmp_path)
+    (pair,) = workspace.pairs()
+    assert workspace.recipes(pair.id) == {}
+
+    def stop(_fraction: float, message: str) -> None:
+        if message.startswith("recipe 3 of"):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        workbench.try_recipes(tmp_path, run_id=run_id, progress=stop)
+    before = workspace.recipes(pair.id)
+    states = [row["state"] for row in before["rows"]]
+    assert states == ["done"] * 2 + ["waiting"] * (len(states) - 26) + ["impossible"] * 24
+    assert before["command"].startswith("quant-inspector quantize float.onnx")
+    told: list[str] = []
+
+    def stop_again(_fraction: float, message: str) -> None:
+        told.append(message)
+        if message.startswith("recipe 2 of"):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        workbench.try_recipes(tmp_path, run_id=run_id, progress=stop_again)
+    after = workspace.recipes(pair.id)
+    kept = {row["label"]: row for row in after["rows"] if row["state"] == "done"}
+    assert len(kept) == 3, "the third joins the two that were there"
+    for row in before["rows"][:2]:
+        # Whether another row has the same file depends on the rows there are.
+        assert {**kept[row["label"]], "same_as": ""} == {**row, "same_as": ""}
+    np.savez(tmp_path / "small" / "feeds" / "99.npz", x=floats((1, 3, 6, 6), 99))
+    with pytest.raises(Cancelled):
+        workbench.try_recipes(tmp_path, run_id=run_id, progress=stop)
+    assert workspace.recipes(pair.id)["samples"] == 4
+    done = [row for row in workspace.recipes(pair.id)["rows"] if row["state"] == "done"]
+    assert len(done) == 2, "other feeds: nothing of the old table holds"
+
+
+def test_a_row_becomes_the_run_with_the_rows_own_figures(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workspace = Workspace(tmp_path)
+    (pair,) = workspace.pairs()
+
+    def stop(_fraction: float, message: str) -> None:
+        if message.startswith("recipe 3 of"):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        workbench.try_recipes(tmp_path, run_id=run_id, progress=stop)
+    best = workspace.recipes(pair.id)["rows"][0]
+    made = workbench.requantize(tmp_path, run_id=run_id, config=best["recipe"], exclude=())
+    run = workspace.run(made)
+    assert run.model.sha256 == best["sha256"]
+    (output,) = read_comparison(workspace.comparison(made)).outputs
+    assert output.deployed_sqnr_db == pytest.approx(best["deployed_sqnr_db"], abs=1e-9)
+    assert output.sqnr_db == pytest.approx(best["sqnr_db"], abs=1e-9)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from inspector.comparison import (
     ActivationError,
@@ -10,6 +11,7 @@ from inspector.comparison import (
     Latency,
     OutputError,
     WeightError,
+    judged_db,
     low_slices,
 )
 from inspector.qparams import integer_range
@@ -20,8 +22,11 @@ from inspector.render import (
     format_ms,
     format_number,
     format_percent,
+    read_number,
     shorten_name,
 )
+from inspector.store import RunRecord
+from inspector.web import style
 from inspector.web.session import View
 
 Tile = tuple[str, str, str, str]
@@ -301,6 +306,8 @@ def change_tiles(view: View, output: str | None) -> list[Tile]:
 
     latency, old_latency = after.latency, before.latency if before else None
     runs = f"run {view.baseline.number} → run {view.run.number}" if view.baseline else "this run"
+    told = agreement(view.run)
+    runs += f"; {told}" if told else ""
     sample = arrow(
         format_db(was.worst_sample_sqnr_db) if was else None,
         format_db(now.worst_sample_sqnr_db if now else None),
@@ -380,3 +387,141 @@ def change_sentence(view: View, output: str | None, ticked: Sequence[str]) -> st
     elif now.worst_channel is not None and was.worst_channel is not None:
         text += f", worst channel {_channel_db(was)} → {_channel_db(now)}"
     return text
+
+
+# ── a list that is not applied yet ───────────────────────────────────────────────────────────
+
+
+def _previewed(found: Mapping[str, Any], output: str | None) -> Mapping[str, Any] | None:
+    """The preview of an output, of the worst where it is not named."""
+    outputs = found["outputs"]
+    named = next((each for each in outputs if each["name"] == output), None)
+    return named or min(outputs, key=lambda o: read_number(o["worst_part_sqnr_db"]), default=None)
+
+
+def preview_sentence(
+    view: View,
+    found: Mapping[str, Any],
+    output: str | None,
+    ticked: Sequence[str],
+    *,
+    grids: int = 0,
+) -> str:
+    """What the ticked nodes, and grids set by hand, would give, against the run that is shown."""
+    nodes = f"{'no node' if not ticked else _nodes(len(ticked))} in float"
+    if grids:
+        own = "1 grid" if grids == 1 else f"{grids} grids"
+        nodes = f"{own} set by hand" + (f" and {nodes}" if ticked else "")
+    would = _previewed(found, output)
+    if would is None:
+        return f"Preview: {nodes}; no output of floating-point values to judge by"
+    now = output_of(view.comparison, would["name"])
+    text = f"Preview: {nodes} would give {shorten_name(str(would['name']), 30)} "
+    text += _now_and_then(now.sqnr_db if now else None, would["sqnr_db"])
+    was, will = judged_db(now) if now else None, read_number(would["worst_part_sqnr_db"])
+    if (now is not None and was != now.sqnr_db) or will != read_number(would["sqnr_db"]):
+        text += f", worst part {_now_and_then(was, will)}"
+    return text
+
+
+def _now_and_then(now: float | None, then: Any) -> str:
+    """``8.0 dB → 12.3 dB``; one figure where there is nothing before."""
+    after = format_db(read_number(then))
+    return after if now is None else f"{format_db(now)} → {after}"
+
+
+def preview_severity(found: Mapping[str, Any], output: str | None) -> str:
+    """The severity of what a list would give: a key of `style.SIGNS`."""
+    would = _previewed(found, output)
+    return style.severity(read_number(would["worst_part_sqnr_db"]) if would is not None else None)
+
+
+def _nodes(number: int) -> str:
+    return "1 node" if number == 1 else f"{number} nodes"
+
+
+def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> list[Tile]:
+    """The figures of a list that is not applied yet; estimates carry ≈."""
+    would = _previewed(found, output)
+    now = output_of(view.comparison, would["name"]) if would is not None else None
+    was = now.worst_sample_sqnr_db if now is not None else None
+    tiles: list[Tile] = [
+        (
+            "Output SQNR, preview",
+            _now_and_then(now.sqnr_db if now else None, would["sqnr_db"]) if would else "–",
+            f"worst sample {_now_and_then(was, would['worst_sample_sqnr_db'])}" if would else "",
+            f"Simulated, of the run and of this list. {SQNR_MEANING}",
+        )
+    ]
+    task = found["task"]
+    if task is not None:
+        before = view.comparison.task
+        tiles.append(
+            (
+                "Top-1, preview",
+                (f"{format_percent(before.top1_quantized)} → " if before is not None else "")
+                + format_percent(read_number(task["top1_quantized"])),
+                f"float {format_percent(read_number(task['top1_float']))}",
+                f"On {format_count(task['samples'])} labelled samples, simulated.",
+            )
+        )
+    else:
+        tiles.append(_changed_tile(found))
+    share = read_number(found["float_macs_fraction"])
+    tiles.append(
+        (
+            "MACs in float",
+            format_percent(share),
+            f"no exclusion {format_percent(read_number(found['whole_float_macs_fraction']))}",
+            "Share of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul whose "
+            "operands are not both quantized.",
+        )
+    )
+    seconds, size = found["latency_seconds"], found["size_bytes"]
+    latency = view.comparison.latency
+    tiles.append(
+        (
+            "Size, latency",
+            f"≈ {format_bytes(size)}" if size is not None else "–",
+            f"≈ {format_ms(read_number(seconds))}, now {format_ms(latency.quantized_seconds)}"
+            if seconds is not None and latency is not None
+            else "latency after re-quantizing",
+            "Estimates: the run's file and the weights that change; the run's and the float "
+            "model's time by their share of multiply-accumulates.",
+        )
+    )
+    return tiles
+
+
+def _changed_tile(found: Mapping[str, Any]) -> Tile:
+    """What changes in the graph; surgery tells of weights only."""
+    weights = f"{len(found['float_weights'])} weights"
+    if not (found["freed"] or found["added"] or found["regridded"]) and found["float_weights"]:
+        return ("Back in float", weights, "every other scale stays", "")
+    parts = [
+        f"{len(found[key])} {word}"
+        for key, word in (("regridded", "other range"), ("added", "new pair"))
+        if found[key]
+    ]
+    return (
+        "Tensors in float",
+        f"+{len(found['freed'])}",
+        ", ".join([*parts, weights]),
+        "Activations that lose their Q/DQ pair against no exclusion at all, those that "
+        "get another scale or a pair of their own, and weights stored in float.",
+    )
+
+
+def agreement(run: RunRecord) -> str:
+    """Whether a run's preview was right; "" where it had none."""
+    told = run.summary.get("preview")
+    if not told:
+        return ""
+    real = {each["name"]: read_number(each["sqnr_db"]) for each in run.summary["outputs"]}
+    pairs = [(read_number(db), real[name]) for name, db in told.items() if name in real]
+    if not pairs:
+        return ""
+    before, after = min(pairs, key=lambda pair: pair[1])
+    same = all(a == b or abs(a - b) < 0.005 for a, b in pairs)
+    said = f"preview {format_db(before)}"
+    return f"{said}, as it came" if same else f"{said}, came {format_db(after)}"

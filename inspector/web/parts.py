@@ -12,8 +12,10 @@ import pandas as pd
 import streamlit as st
 
 from inspector import figures
+from inspector.groups import block_of, nodes_after
 from inspector.render import (
     dump_json,
+    find_headline,
     format_bytes,
     format_count,
     format_db,
@@ -21,8 +23,8 @@ from inspector.render import (
     read_number,
     shorten_name,
 )
-from inspector.store import RunRecord, StoredModel
-from inspector.web import forms, session, style, tables, tasks, widgets, words
+from inspector.store import RunRecord, StoredModel, made_by_surgery
+from inspector.web import facts, forms, session, style, tables, tasks, widgets, words
 from inspector.web.forms import Chosen
 from inspector.web.session import Draft, View
 
@@ -216,7 +218,7 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
     ):
         text = widgets.find_field()
         op_type = widgets.op_field(tables.op_types(comparison))
-        _all_like_this(view, draft)
+        more = st.container(width="content", key="more-slot")
         st.space("stretch")
         st.button(
             ":material/undo:",
@@ -242,8 +244,11 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
         session.root(),
         run_id=view.run.id,
         title="Reading the nodes",
+        patience=0.3,
     )
     listed = known.value or []
+    with more:
+        _more_like_this(view, draft, listed)
     # The editor keeps its own edits for as long as its rows stay the same. Whatever changes the
     # ticks elsewhere (undo, a key on another page) starts it afresh from the new ticks.
     filters = zlib.crc32(f"{text}\0{op_type}\0{len(listed)}".encode())
@@ -282,28 +287,143 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
     )
 
 
-def _all_like_this(view: View, draft: Draft) -> None:
-    """The button that ticks every node with the op type of the last ticked one."""
+def _more_like_this(view: View, draft: Draft, listed: Sequence[Mapping[str, Any]]) -> None:
+    """Ticks many nodes at once, from the last ticked one: its op type, its block, what follows."""
+    last = draft.nodes[-1] if draft.nodes else ""
     op_of = tables.op_of_nodes(view.comparison)
-    op = op_of.get(draft.nodes[-1]) if draft.nodes else None
-    alike = [name for name, each in op_of.items() if each == op] if op else []
-    st.button(
-        f"All like this: {words.md_text(shorten_name(op, 24))} ({len(alike)})"
+    op_of = {str(each["name"]): str(each["op_type"]) for each in listed} or op_of
+    op = op_of.get(last, "")
+    offers = [
+        (
+            f"All {words.md_text(shorten_name(op, 24))}",
+            [n for n, each in op_of.items() if each == op],
+        )
         if op
-        else "All like this",
-        key="all-like-this",
-        disabled=not op or set(alike) <= set(draft.nodes),
-        on_click=session.tick,
-        args=(view.pair.id, draft, (*draft.nodes, *alike)),
-        help="Ticks every node with the op type of the last ticked one.",
-    )
+        else ("All of its op type", []),
+        ("Its block", block_of(last, op_of)),
+        ("Everything after it", nodes_after(last, listed) if last else ()),
+    ]
+    with st.popover("Tick more", key="tick-more", disabled=not op):
+        st.caption(f"From {words.md_code(shorten_name(last, 40))}, ticked last")
+        for place, (label, names) in enumerate(offers):
+            further = [n for n in names if n not in draft.nodes]
+            st.button(
+                f"{label} ({len(names)})",
+                key=f"tick-more-{place}",
+                disabled=not further,
+                on_click=session.tick,
+                args=(view.pair.id, draft, (*draft.nodes, *further)),
+                width="stretch",
+            )
 
 
 # ── exclusions: the recipe and the job ───────────────────────────────────────────────────────
 
 
-def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
-    """What will be left in float, the recipe, and the button that does it."""
+def gain(view: View, draft: Draft, recipe: Mapping[str, Any] | None) -> None:
+    """What the run's list gained; what the ticked one would give, where that is another.
+
+    Args:
+        view: what is shown.
+        draft: what is ticked.
+        recipe: to re-quantize with; None for surgery on the loaded file.
+    """
+    output = find_headline(view.comparison)
+    changed = set(draft.nodes) != set(view.run.exclusions)
+    answer = session.list_preview(view, recipe, draft.nodes)
+    if not (changed or _differs(view, recipe)) or answer.error is not None or not _shows(answer):
+        text = facts.change_sentence(view, output.output, draft.nodes)
+        if changed and answer.job is not None:
+            text += f" ({answer.job.title.lower()} …)"
+        widgets.sentence(text, output.severity)
+        widgets.tiles(facts.change_tiles(view, output.output))
+        if changed and answer.job is not None:
+            widgets.poll(answer.job)
+        elif changed and answer.error is not None:
+            widgets.error(answer.error)
+        elif changed and answer.value is not None and answer.value["reason"]:
+            st.caption(f"No preview: {words.md_text(answer.value['reason'])}.")
+        return
+    with st.container(key="preview"):
+        grids = len(recipe.get("overrides", ())) if recipe is not None else 0
+        text = facts.preview_sentence(view, answer.value, output.output, draft.nodes, grids=grids)
+        widgets.sentence(text, facts.preview_severity(answer.value, output.output))
+        widgets.tiles(facts.preview_tiles(view, answer.value, output.output))
+        for name, reason in answer.value["refused"][:3]:
+            st.caption(f"{words.md_code(shorten_name(name, 40))} stays: {words.md_text(reason)}")
+
+
+def _differs(view: View, recipe: Mapping[str, Any] | None) -> bool:
+    """Whether the shown run's file was made in another way."""
+    if recipe is None:
+        return view.run.number > 0 and not made_by_surgery(view.run)
+    if made_by_surgery(view.run):
+        return True
+    start = {"overrides": [], **view.run.recipe}
+    return any(each != start.get(name) for name, each in recipe.items())
+
+
+def _shows(answer: session.Answer) -> bool:
+    return answer.value is not None and not answer.value["reason"]
+
+
+def _expected(view: View, draft: Draft, recipe: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the preview of this very list says, to be kept with the run."""
+    answer = session.list_preview(view, recipe, draft.nodes)
+    if not _shows(answer):
+        return None
+    return {each["name"]: each["sqnr_db"] for each in answer.value["outputs"]}
+
+
+def _overrides(view: View) -> list[dict[str, Any]]:
+    """The grids set by hand, each with a button that takes it back."""
+    found = session.overrides(view)
+    for place, entry in enumerate(found):
+        tensor = str(entry.get("tensor", ""))
+        text, back = st.columns([4, 1], vertical_alignment="center")
+        text.caption(f"Grid set by hand: {words.md_code(shorten_name(tensor, 34))}")
+        back.button(
+            ":material/close:",
+            key=f"override-{place}",
+            help="Take it back",
+            on_click=session.set_override,
+            args=(view, tensor, None),
+        )
+    return found
+
+
+_WAYS = {"recipe": "Re-quantize", "surgery": "Free in the file"}
+
+
+def _way(view: View) -> str:
+    """How the list is applied: with a recipe, or by surgery on the loaded file."""
+    loaded = next((run for run in view.runs if run.number == 0), None)
+    if loaded is None:
+        return "recipe"
+    fits = made_by_surgery(view.run) or (
+        view.run.number == 0 and bool(loaded.summary.get("surgery_fits"))
+    )
+    way = st.segmented_control(
+        "Apply the list by",
+        list(_WAYS),
+        default="surgery" if fits else "recipe",
+        format_func=_WAYS.__getitem__,
+        key=f"way-{view.run.id}",
+        required=True,
+        label_visibility="collapsed",
+        help="Free in the file: the loaded file keeps every other scale, whatever tool made it. "
+        "Re-quantize: ONNX Runtime's quantizer makes the file anew.",
+    )
+    return str(way)
+
+
+def requantize_panel(view: View, draft: Draft, *, height: int) -> dict[str, Any] | None:
+    """What will be left in float, how, and the button that does it.
+
+    Returns:
+        The recipe to re-quantize with; None for surgery on the loaded file.
+    """
+    recipe: dict[str, Any] | None = None
     with st.container(border=True, height=height, key="requantize-panel", gap="small"):
         number = len(draft.nodes)
         changed = set(draft.nodes) != set(view.run.exclusions)
@@ -311,54 +431,73 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> None:
             f"**{widgets.count(number, 'node')} to leave in float**"
             + (" · not applied yet" if changed else "")
         )
-        with st.container(height=104, border=False, gap=None, key="ticked"):
+        with st.container(height=86, border=False, gap=None, key="ticked"):
             if not number:
                 st.caption("Tick nodes on the left; start with the worst.")
             for name in draft.nodes:
                 st.markdown(f":violet[■] {words.md_code(shorten_name(name, 46))}")
-        with st.popover(
-            f"Recipe: {words.md_text(forms.recipe_summary(view.run.recipe))}",
-            width="stretch",
-            key="recipe",
-        ):
-            recipe = forms.recipe_form(
-                view.run.recipe, tables.op_types(view.comparison), key=f"recipe-{view.run.id}"
-            )
-        differs = [name for name, each in recipe.items() if each != view.run.recipe.get(name)]
-        st.caption(
-            f"Changed: {', '.join(name.replace('_', ' ') for name in differs)}"
-            if differs
-            else "The recipe is the one read back from this run."
-        )
+        way = _way(view)
+        if way == "surgery":
+            st.caption("Their Q/DQ pairs go, their float weights come back, every other scale "
+                       "stays as the loaded file has it.")  # fmt: skip
+        else:
+            recipe = _recipe(view)
+        differs = _differs(view, recipe)
         busy = session.running("requantize") or session.running_title(REQUANTIZING)
-        idle = not changed and not differs and view.run.number > 0
+        idle = not changed and not differs and (view.run.number > 0 or recipe is None)
         with st.container(height=92, border=False, key="requantize-slot"):
             if busy is not None:
                 widgets.job_card(busy.id, place="requantize")
             elif st.button(
-                "Re-quantize",
+                _WAYS[way],
                 type="primary",
                 key="requantize",
                 icon=":material/play_arrow:",
                 width="stretch",
                 disabled=idle,
-                help="This run has this recipe and these nodes: change one of them."
+                help="This run was made so, with these nodes: change one of them."
                 if idle
-                else "Quantizes with this recipe and these nodes in float, and compares.",
+                else "Makes the file with these nodes in float, and compares it.",
             ):
                 session.dismiss_problem()
-                session.follow(
-                    session.worker().submit(
-                        tasks.requantize,
-                        session.root(),
-                        run_id=view.run.id,
-                        config=recipe,
-                        exclude=list(draft.nodes),
-                        title=REQUANTIZING,
-                    ),
-                    "requantize",
-                )
+                _apply(view, draft, recipe)
                 st.rerun()
+    return recipe
+
+
+def _recipe(view: View) -> dict[str, Any]:
+    with st.popover(
+        f"Recipe: {words.md_text(forms.recipe_summary(view.run.recipe))}",
+        width="stretch",
+        key="recipe",
+    ):
+        recipe = forms.recipe_form(
+            view.run.recipe, tables.op_types(view.comparison), key=f"recipe-{view.run.id}"
+        )
+        recipe["overrides"] = _overrides(view)
+    start = {"overrides": [], **view.run.recipe}
+    differs = [name for name, each in recipe.items() if each != start.get(name)]
+    st.caption(
+        f"Changed: {', '.join(name.replace('_', ' ') for name in differs)}"
+        if differs
+        else "The recipe is the one read back from this run."
+    )
+    return recipe
+
+
+def _apply(view: View, draft: Draft, recipe: dict[str, Any] | None) -> None:
+    arguments: dict[str, Any] = {
+        "run_id": view.run.id,
+        "exclude": list(draft.nodes),
+        "preview": _expected(view, draft, recipe),
+        "title": REQUANTIZING,
+    }
+    worker = session.worker()
+    if recipe is None:
+        job = worker.submit(tasks.free_in_file, session.root(), **arguments)
+    else:
+        job = worker.submit(tasks.requantize, session.root(), config=recipe, **arguments)
+    session.follow(job, "requantize")
 
 
 # ── exclusions: what came of it ──────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ PAGES = (
     ("overview", "Overview", ":material/show_chart:"),
     ("tensors", "Tensors", ":material/bar_chart:"),
     ("exclusions", "Exclusions", ":material/checklist:"),
+    ("recipes", "Recipes", ":material/science:"),
     ("report", "Report", ":material/description:"),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ from inspector import store
 from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus, Worker
-from inspector.render import find_headline, read_comparison
-from inspector.store import PairRecord, RunRecord, Workspace
+from inspector.render import dump_json, find_headline, read_comparison
+from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
 from inspector.web import tasks, words
 
 ACTIVE = ("queued", "running")
@@ -150,8 +150,11 @@ def comparison_of(run_id: str) -> Comparison:
 def baseline_of(run: RunRecord, runs: tuple[RunRecord, ...]) -> RunRecord | None:
     """The run of the same recipe without exclusions; for that one itself, the loaded file.
 
-    None where no other run has this recipe: before and after are never of two recipes.
+    For the loaded file with nodes freed by surgery, the loaded file. None where no other run has
+    this recipe: before and after are never of two recipes.
     """
+    if made_by_surgery(run):
+        return next((each for each in runs if each.number == 0), None)
     alike = [
         each
         for each in runs
@@ -383,19 +386,34 @@ def _answers() -> dict[Hashable, str | Answer]:
 
 
 def ask(
-    key: tuple[Hashable, ...], function: Callable[..., Any], *args: Any, title: str, **kwargs: Any
+    key: tuple[Hashable, ...],
+    function: Callable[..., Any],
+    *args: Any,
+    title: str,
+    role: str = "",
+    patience: float = 0.0,
+    **kwargs: Any,
 ) -> Answer:
     """The answer under `key`; the first call puts the question to a worker and returns at once.
 
     While the workspace's worker is busy, a second one answers: a long job never blocks looking
     around.
+
+    Args:
+        key: what is asked.
+        function: that gives the answer, in a worker.
+        args: its arguments.
+        title: of the job.
+        role: a worker of its own, where what it keeps from question to question matters.
+        patience: seconds to wait for an answer that is expected at once.
+        kwargs: its further arguments.
     """
     answers = _answers()
     entry = answers.get(key)
     if isinstance(entry, Answer):
         return entry
     if entry is None:
-        role = "looking" if active_jobs() else "main"
+        role = role or ("looking" if active_jobs() else "main")
         job_id = _worker(role).submit(function, *args, title=title, **kwargs)
         _roles()[job_id] = role
         answers[key] = f"{role}:{job_id}"
@@ -403,7 +421,7 @@ def ask(
             del answers[next(iter(answers))]
         entry = f"{role}:{job_id}"
     role, job_id = entry.split(":", 1)
-    now = _worker(role).status(job_id)
+    now = _worker(role).wait(job_id, patience) if patience else _worker(role).status(job_id)
     if now.state in ACTIVE:
         return Answer(job=now)
     if now.state == "cancelled":
@@ -447,6 +465,47 @@ def tensor_detail(view: View) -> Answer:
     )
 
 
+# A click is to be answered in the run of the script that it starts.
+_PATIENCE_SECONDS = 0.9
+
+
+def list_preview(view: View, recipe: Mapping[str, Any] | None, nodes: Sequence[str]) -> Answer:
+    """What a list would give, from the worker that keeps what is needed from click to click.
+
+    Args:
+        view: what is shown.
+        recipe: to re-quantize with; None for surgery on the loaded file.
+        nodes: in float.
+    """
+    wanted = "" if recipe is None else dump_json(dict(recipe))
+    key = ("preview", view.run.id, wanted, tuple(sorted(nodes)))
+    latest = st.session_state.get("latest-preview")
+    if latest is not None and latest != key:
+        _drop(latest)
+    st.session_state["latest-preview"] = key
+    return ask(
+        key,
+        tasks.preview_list,
+        root(),
+        run_id=view.run.id,
+        config=None if recipe is None else dict(recipe),
+        exclude=list(nodes),
+        title="Preparing the preview",
+        role="live",
+        patience=_PATIENCE_SECONDS,
+    )
+
+
+def _drop(key: tuple[Hashable, ...]) -> None:
+    """Stops looking for an answer that nobody waits for any more."""
+    entry = _answers().get(key)
+    if isinstance(entry, str):
+        role, job_id = entry.split(":", 1)
+        if _worker(role).status(job_id).state == "queued":
+            _worker(role).cancel(job_id)
+            del _answers()[key]
+
+
 def forget_tensor(view: View) -> None:
     """Lets the next `tensor_detail` try again."""
     partner = view.record.quantized_name if view.record else ""
@@ -456,6 +515,26 @@ def forget_tensor(view: View) -> None:
 def stop_job(job_id: str) -> None:
     """Asks the workspace's worker to stop a job."""
     worker().cancel(job_id)
+
+
+# ── ranges set by hand, not applied yet ──────────────────────────────────────────────────────
+
+
+def overrides(view: View) -> list[dict[str, Any]]:
+    """The grids set by hand for the next run: those of the shown run, and what was changed since.
+
+    Each as `TensorOverride.to_json` writes it.
+    """
+    kept: dict[str, list[dict[str, Any]]] = st.session_state.setdefault("overrides", {})
+    return kept.get(view.run.id, [dict(each) for each in view.run.recipe.get("overrides", ())])
+
+
+def set_override(view: View, tensor: str, entry: Mapping[str, Any] | None) -> None:
+    """Keeps a grid for a tensor, or takes it back."""
+    found = [each for each in overrides(view) if each.get("tensor") != tensor]
+    if entry is not None:
+        found.append(dict(entry))
+    st.session_state.setdefault("overrides", {})[view.run.id] = found
 
 
 # ── ticked nodes: kept on disk, so that a reload keeps them ──────────────────────────────────

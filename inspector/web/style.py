@@ -58,6 +58,7 @@ h1 { padding: 0.1rem 0 !important; }
 .st-key-formula code { font-size: 0.92rem; }
 .st-key-sentence p { font-size: 1.25rem; font-weight: 620; line-height: 1.3; margin: 0; }
 .st-key-brand p { font-weight: 650; font-size: 1.02rem; margin: 0 0 0.4rem 0; }
+.st-key-preview [data-testid="stMetric"] { border: 1px dashed #7c3aed; }
 .st-key-nav { gap: 0.1rem; }
 </style>
 """

@@ -43,6 +43,7 @@ MAX_ROWS = 2000
 # Names that are listed in one cell.
 MAX_NAMES = 20
 DECIBELS = ("sqnr", "local", "worst", "part_db", "weight", "before", "after")
+RECIPE_DECIBELS = ("deployed", "unseen", "simulated", "joined")
 # An empty table has its columns too.
 # fmt: off
 TENSOR_COLUMNS = [
@@ -52,6 +53,10 @@ NODE_COLUMNS = [
     "float", "sign", "name", "node", "op", "sqnr", "part_db", "local", "weight", "tensor",
 ]
 # fmt: on
+RECIPE_COLUMNS = [
+    *("sign", "label", "deployed", "unseen", "simulated", "joined", "top1", "agreement"),
+    *("ms", "spread", "mb", "note"),
+]
 KINDS = ("activation", "weight", "bias")
 RULES = {
     "name": "by name",
@@ -67,7 +72,7 @@ def _known(sqnr_db: float | None) -> float | None:
 
 def shown(frame: pd.DataFrame) -> Any:
     """The frame with decibels as "12.3 dB" and "exact", which still sort as numbers."""
-    columns = [name for name in DECIBELS if name in frame]
+    columns = [name for name in (*DECIBELS, *RECIPE_DECIBELS) if name in frame]
     if len(frame) > STYLED_ROWS or not columns:
         return frame
     return frame.style.format(format_db, subset=columns, na_rep="–")
@@ -92,13 +97,27 @@ def _matches(text: str, *fields: str) -> bool:
     )
 
 
+def _times(profile: Mapping[str, Any] | None, side: str) -> Mapping[str, float]:
+    """Seconds by tensor of one deployed model."""
+    measured = {} if profile is None else profile[side]["deployed"]
+    times: Mapping[str, float] = measured.get("tensors", {})
+    return times
+
+
 def tensors(
-    comparison: Comparison, *, text: str = "", kind: str | None = None, op_type: str | None = None
+    comparison: Comparison,
+    *,
+    text: str = "",
+    kind: str | None = None,
+    op_type: str | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """The compared tensors that pass the filters, worst first.
 
-    At most `MAX_ROWS`; `attrs["total"]` of the frame is how many pass.
+    At most `MAX_ROWS`; `attrs["total"]` of the frame is how many pass. With a profile
+    (`workbench.profile_run`) there are columns of times.
     """
+    took, took_float = _times(profile, "quantized"), _times(profile, "float")
     passing = [
         each
         for each in compared(comparison)
@@ -127,11 +146,20 @@ def tensors(
                 if activation is None or activation.saturated_fraction is None
                 else 100 * activation.saturated_fraction,
                 "node": shorten_name(each.node, 120),
+                "time": _micros(took, each.quantized_name) if activation else None,
+                "float_time": _micros(took_float, each.name) if activation else None,
             }
         )
-    frame = pd.DataFrame(rows, columns=TENSOR_COLUMNS)
+    columns = list(TENSOR_COLUMNS)
+    if profile is not None:
+        columns[-1:-1] = ["time", "float_time"]
+    frame = pd.DataFrame(rows, columns=columns)
     frame.attrs["total"] = len(passing)
     return frame
+
+
+def _micros(seconds: Mapping[str, float], tensor: str) -> float | None:
+    return 1e6 * seconds[tensor] if tensor in seconds else None
 
 
 def _device_text(record: DeviceError) -> str:
@@ -208,6 +236,16 @@ def tensor_columns() -> dict[str, Any]:
         "worst": _db("Channel", "SQNR of the worst channel."),
         "clipped": st.column_config.NumberColumn(
             "Clipped %", format="%.2f", help="Values outside what scale and zero point can hold."
+        ),
+        "time": st.column_config.NumberColumn(
+            "Time µs",
+            format="%.0f",
+            width=70,
+            help="Of the node that computes it, with its constants and its own Q/DQ, in the "
+            "quantized model as deployed; – where it was fused into a neighbour.",
+        ),
+        "float_time": st.column_config.NumberColumn(
+            "Float µs", format="%.0f", width=70, help="The same in the float model."
         ),
         "node": text("Node"),
     }
@@ -439,6 +477,102 @@ def run_columns() -> dict[str, Any]:
         "size": text("Size", width="small"),
         "made": text("Made (UTC)", width="small"),
     }
+
+
+def recipes(rows: Sequence[Mapping[str, Any]], current: str = "") -> pd.DataFrame:
+    """The recipes that gave a model, in the order given.
+
+    Args:
+        rows: of a "quant-inspector/recipes" table.
+        current: label of the recipe of the run on screen.
+    """
+    frame = pd.DataFrame(
+        [
+            {
+                "sign": "▸" * (row["label"] == current)
+                + style.SIGNS[style.severity(recipe_rank(row))],
+                "label": row["label"],
+                "deployed": _known(_read(row["deployed_sqnr_db"])),
+                "unseen": _known(_read(row["unseen_sqnr_db"])),
+                "simulated": _known(_read(row["sqnr_db"])),
+                "joined": _known(_read(row["worst_part_sqnr_db"])),
+                "top1": 100 * row["task"]["top1_quantized"] if row["task"] else None,
+                "agreement": 100 * row["task"]["top1_agreement"] if row["task"] else None,
+                "ms": 1000 * row["latency"]["median_seconds"] if row["latency"] else None,
+                "spread": 1000 * row["latency"]["spread_seconds"] if row["latency"] else None,
+                "mb": row["size_bytes"] / 1e6,
+                "note": f"same file as {row['same_as']}"
+                if row.get("same_as")
+                else printable("; ".join(row["notes"]), 160),
+            }
+            for row in rows
+            if row["state"] == "done"
+        ],
+        columns=RECIPE_COLUMNS,
+    )
+    empty = [name for name in ("unseen", "joined", "top1", "agreement") if frame[name].isna().all()]
+    return frame.drop(columns=empty)
+
+
+def recipe_rank(row: Mapping[str, Any]) -> float | None:
+    """What a recipe is judged by: its lowest output as deployed, or a joined part that it hides."""
+    keys = ("deployed_sqnr_db", "worst_part_sqnr_db")
+    known = [value for value in (_known(_read(row[key])) for key in keys) if value is not None]
+    return min(known, default=None)
+
+
+def _read(value: Any) -> float | None:
+    return None if value is None else read_number(value)
+
+
+def recipe_columns() -> dict[str, Any]:
+    """How the columns of `recipes` are shown."""
+    text, number = st.column_config.TextColumn, st.column_config.NumberColumn
+    return {
+        "sign": text("", width=36, help="▸ this run · ● below 10 dB · ▲ below 20 dB · ✓ fine"),
+        "label": text(
+            "Recipe",
+            width=310,
+            help="Calibration · scales of weights · ranges of activations · types of activations "
+            "and weights (U unsigned, S signed) · 7 bit where the range of weights is reduced.",
+        ),
+        "deployed": _db("Deployed", "SQNR of the lowest output, all optimisations on.", 86),
+        "unseen": _db("Unseen", "Simulated, on samples that did not calibrate.", 86),
+        "simulated": _db("Simulated", "Optimisations off, all samples.", 86),
+        "joined": _db(
+            "Worst part", "Lowest SQNR of what a Concat joins into an output, simulated.", 86
+        ),
+        "top1": number("Top-1 %", format="%.1f", width=70, help="Share of samples right."),
+        "agreement": number(
+            "As float %", format="%.1f", width=80, help="Share on which both choose one class."
+        ),
+        "ms": number(
+            "ms", format="%.3g", width=62, help="Deployed, one feed, median of interleaved runs."
+        ),
+        "spread": number("± ms", format="%.2g", width=58, help="Interquartile range of the runs."),
+        "mb": number("MB", format="%.3f", width=66, help="File and external data; 10⁶ bytes."),
+        "note": text("Note"),
+    }
+
+
+def recipe_reasons(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The recipes without a model by reason; those that were tried come first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["state"] in ("failed", "impossible"):
+            found.setdefault((row["state"], row["reason"]), []).append(row["label"])
+    what = {"failed": "gave no model", "impossible": "not possible"}
+    return pd.DataFrame(
+        [
+            {
+                "Count": len(labels),
+                "": what[state],
+                "Reason": printable(reason, 240),
+                "Recipes": _listed(labels),
+            }
+            for (state, reason), labels in found.items()
+        ]
+    )
 
 
 def reasons(items: Sequence[Unmatched | Skipped]) -> pd.DataFrame:

@@ -62,6 +62,20 @@ def requantize(root: Path, **arguments: Any) -> str:
     return workbench.requantize(root, **arguments)
 
 
+def free_in_file(root: Path, **arguments: Any) -> str:
+    """The id of the new run. Arguments as `workbench.free_in_file`."""
+    from inspector import workbench
+
+    return workbench.free_in_file(root, **arguments)
+
+
+def preview_list(root: Path, **arguments: Any) -> dict[str, Any]:
+    """What an exclusion list would give. Arguments as `live.preview_list`."""
+    from inspector import live
+
+    return live.preview_list(root, **arguments)
+
+
 def rematch(root: Path, **arguments: Any) -> str:
     """The id of the run that was compared anew. Arguments as `workbench.rematch`."""
     from inspector import workbench
@@ -109,6 +123,20 @@ def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     from inspector import workbench
 
     return workbench.list_nodes(root, **arguments)
+
+
+def profile_run(root: Path, **arguments: Any) -> dict[str, Any]:
+    """What each node takes. Arguments as `workbench.profile_run`."""
+    from inspector import workbench
+
+    return workbench.profile_run(root, **arguments)
+
+
+def try_recipes(root: Path, **arguments: Any) -> int:
+    """How many recipes were tried. Arguments as `workbench.try_recipes`."""
+    from inspector import workbench
+
+    return workbench.try_recipes(root, **arguments)
 
 
 def preview_feed(**arguments: Any) -> dict[str, Any]:

@@ -118,6 +118,17 @@ def waiting(job: JobStatus, *, height: int, key: str) -> None:
         poll()
 
 
+def poll(job: JobStatus) -> None:
+    """Runs the page again once a job has ended; takes no room."""
+
+    @st.fragment(run_every=0.4)
+    def look() -> None:
+        if session.status(job.id).state not in session.ACTIVE:
+            st.rerun()
+
+    look()
+
+
 # ── nothing to show ──────────────────────────────────────────────────────────────────────────
 
 
@@ -319,6 +330,7 @@ def picture(
     alt: str,
     clickable: bool = False,
     whole: Callable[[], Any] | None = None,
+    select: Callable[[str], None] = session.select_tensor,
 ) -> None:
     """A figure with its data as CSV in its upper right corner; a click may select a tensor.
 
@@ -327,8 +339,9 @@ def picture(
         key: of the element.
         name: of the downloaded file.
         alt: what the picture shows, for who cannot see it.
-        clickable: marks carry names of tensors.
+        clickable: marks carry names to select.
         whole: makes the figure with every point, for the download; `figure` has them all if None.
+        select: takes the name of a mark that was clicked; names are those of tensors by default.
     """
     with st.container(key=f"picture-{key}", gap=None):
         with st.container(key=f"csv-{key}"):
@@ -344,7 +357,10 @@ def picture(
             )
         selection: dict[str, Any] = {}
         if clickable:
-            selection = {"on_select": partial(point_clicked, key), "selection_mode": "points"}
+            selection = {
+                "on_select": partial(point_clicked, key, select),
+                "selection_mode": "points",
+            }
         st.plotly_chart(
             figure,
             key=key,
@@ -355,12 +371,12 @@ def picture(
         )
 
 
-def point_clicked(key: str) -> None:
-    """Selects the tensor whose point was clicked in a picture, once per click."""
+def point_clicked(key: str, select: Callable[[str], None] = session.select_tensor) -> None:
+    """Selects what was clicked in a picture, a tensor by default, once per click."""
     name = _selected_point(key)
     if name != st.session_state.get(f"clicked-{key}", ""):
         st.session_state[f"clicked-{key}"] = name
-        session.select_tensor(name)
+        select(name)
 
 
 def _selected_point(key: str) -> str:

@@ -1,0 +1,231 @@
+"""What one workspace shows while the user is still choosing: previews of exclusion lists.
+
+Apart from `workbench`, because these jobs leave nothing in the store: the models, ranges and the
+switchboard stay in the worker process from click to click.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inspector.calibration import calibrate, hushed
+from inspector.errors import InspectorError, QuantizationError
+from inspector.feeds import split_calibration
+from inspector.matching import match_tensors
+from inspector.prepare import QUANTIZER_ERRORS, Prepared, prepare, shorten, text_of
+from inspector.preview import Change, Preview, Previewer, RecipeSource, SurgerySource
+from inspector.quantize import extra_options, open_quantizer, quantizer_names
+from inspector.quantizer import UnplannableError
+from inspector.recipe import QuantConfig
+from inspector.render import strict
+from inspector.runtime import Progress, no_progress, part_of
+from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
+from inspector.switchboard import Switchboard
+from inspector.workbench import open_feeds, open_model, stamps_of
+
+# Each holds the float model's outputs, a session and the weights twice.
+KEPT_PREVIEWERS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A previewer; `prepared` turns names of the float file into those that it takes."""
+
+    previewer: Previewer
+    prepared: Prepared | None = None
+
+
+_opened: OrderedDict[str, _Opened] = OrderedDict()
+
+
+def preview_list(
+    root: Path,
+    *,
+    run_id: str,
+    config: Mapping[str, Any] | None,
+    exclude: Sequence[str],
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """What a list would give, as strict JSON; nothing is kept in the store.
+
+    The keys are those of `Preview`, and:
+        reason: why there is no preview, "" where there is one; the other keys are then absent.
+        size_bytes: estimate of the file, from the run's file and the weights that change.
+        latency_seconds: estimate, from what the run and the float model took and the share of
+            multiply-accumulates in float; None where the run's file was made in another way or was
+            not timed.
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run the list starts from.
+        config: a recipe to re-quantize with, as `QuantConfig.to_json` gives it; None for surgery
+            on the loaded file.
+        exclude: nodes of the float file.
+        progress: see `runtime.Progress`.
+
+    Raises:
+        InspectorError: the recipe or a name cannot be used.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    opening, running = part_of(progress, 0.0, 0.5), part_of(progress, 0.5, 1.0)
+    try:
+        if config is None:
+            opened = _open_surgery(workspace, pair, opening)
+            found = opened.previewer.preview(exclude, progress=running)
+            own = None
+            if run.number == 0 or made_by_surgery(run):
+                own = opened.previewer.source.change(run.exclusions, None)
+        else:
+            options = QuantConfig.from_json(config)
+            opened = _open_recipe(workspace, pair, replace(options, overrides=()), opening)
+            found = _with_recipe(opened, options, exclude, running)
+            own = None
+            same = QuantConfig.from_json(run.recipe) == options
+            if same and not run.summary.get("surgery_fits") and not made_by_surgery(run):
+                own = opened.previewer.source.change(_names(opened, run.exclusions, options), None)
+    except UnplannableError as error:
+        return {"reason": str(error)}
+    result: dict[str, Any] = strict({"reason": "", **asdict(found), **_estimates(run, found, own)})
+    return result
+
+
+def _names(opened: _Opened, names: Sequence[str], config: QuantConfig) -> tuple[str, ...]:
+    assert opened.prepared is not None
+    return quantizer_names(opened.prepared, names, config)
+
+
+def _with_recipe(
+    opened: _Opened, config: QuantConfig, exclude: Sequence[str], progress: Progress
+) -> Preview:
+    # Grids that are set by hand are inputs of the same switchboard.
+    entries = extra_options(config).get("TensorQuantOverrides", {})
+    overrides = {tensor: each[0] for tensor, each in entries.items()}
+    names = _names(opened, exclude, config)
+    with hushed():
+        try:
+            return opened.previewer.preview(names, overrides, progress=progress)
+        except QUANTIZER_ERRORS as error:
+            raise QuantizationError(
+                f"ONNX Runtime's quantizer refuses this list: {shorten(text_of(error))}",
+                hint="Leave another node in float.",
+            ) from error
+
+
+def _estimates(run: RunRecord, found: Preview, own: Change | None) -> dict[str, Any]:
+    """Size and latency of the file the list would give.
+
+    Args:
+        run: measured.
+        found: the list's preview.
+        own: what the run's own list changes; None where it has another recipe.
+    """
+    if own is None:
+        return {"size_bytes": None, "latency_seconds": None}
+    share = own.float_macs_fraction
+    size = run.model.size_bytes + found.weight_bytes - own.weight_bytes
+    latency = run.summary.get("latency")
+    seconds = None
+    if latency is not None and share < 1 and math.isfinite(share):
+        in_float, so_far = float(latency["float_seconds"]), float(latency["quantized_seconds"])
+        in_integers = (so_far - in_float * share) / (1 - share)
+        wanted = found.float_macs_fraction
+        seconds = max(in_float * wanted + in_integers * (1 - wanted), 0.0)
+    return {"size_bytes": size, "latency_seconds": seconds}
+
+
+def _kept(key: str, make: Callable[[], _Opened]) -> _Opened:
+    """What was opened under a key, as the click before left it."""
+    if key not in _opened:
+        _opened[key] = make()
+    _opened.move_to_end(key)
+    while len(_opened) > KEPT_PREVIEWERS:
+        _opened.popitem(last=False)
+    return _opened[key]
+
+
+def _key(workspace: Workspace, pair: PairRecord, what: Any) -> str:
+    stamps = stamps_of(pair.inputs, pair.calibration, pair.options)
+    return json.dumps([str(workspace.root), pair.id, what, stamps], sort_keys=True)
+
+
+def _open_recipe(
+    workspace: Workspace, pair: PairRecord, config: QuantConfig, progress: Progress
+) -> _Opened:
+    """The previewer of a pair and a recipe.
+
+    Raises:
+        UnplannableError: this recipe has none.
+    """
+    if config.format != "qdq":
+        raise UnplannableError(f"a recipe of format {config.format} has no preview")
+
+    def make() -> _Opened:
+        progress(0.0, "preparing the preview")
+        float_model = open_model(pair.float_model.path)
+        feeds = open_feeds(pair.inputs, float_model)
+        own = None if pair.calibration is None else open_feeds(pair.calibration, float_model)
+        split = split_calibration(feeds, own, limit=config.calibration_samples)
+        prepared = prepare(float_model, config, workspace.cache)
+        ranges = calibrate(
+            prepared.model,
+            split.calibration,
+            method=config.method,
+            percentile=config.percentile,
+            op_types=config.op_types,
+            cache=workspace.cache,
+            progress=part_of(progress, 0.1, 0.5),
+        )
+        with hushed():
+            try:
+                quantizer = open_quantizer(prepared, config, ranges.path)
+                if quantizer is None:
+                    raise UnplannableError("this model is quantized by the public function only")
+                board = Switchboard(quantizer)
+            except QUANTIZER_ERRORS as error:
+                raise UnplannableError(shorten(text_of(error))) from error
+            except InspectorError as error:
+                raise UnplannableError(error.message) from error
+        source = RecipeSource(prepared.model, board, feeds[0], pair.options.states)
+        previewer = Previewer(
+            float_model, source, feeds, mask=pair.options.mask, states=pair.options.states,
+            progress=part_of(progress, 0.5, 1.0),
+        )  # fmt: skip
+        return _Opened(previewer=previewer, prepared=prepared)
+
+    return _kept(_key(workspace, pair, config.to_json()), make)
+
+
+def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) -> _Opened:
+    """The previewer of surgery on a pair's loaded file.
+
+    Raises:
+        UnplannableError: there is no such file, or nothing in it can be freed.
+    """
+    loaded = next((r for r in workspace.runs(pair.id) if r.number == 0), None)
+    if loaded is None:
+        raise UnplannableError("the pair was loaded without a quantized file")
+
+    def make() -> _Opened:
+        progress(0.0, "preparing the preview")
+        float_model, quantized = open_model(pair.float_model.path), open_model(loaded.model.path)
+        feeds = open_feeds(pair.inputs, float_model)
+        matching = match_tensors(float_model, quantized, pins=loaded.pins)
+        try:
+            source = SurgerySource(float_model, quantized, matching, feeds[0], pair.options.states)
+        except InspectorError as error:
+            raise UnplannableError(error.message) from error
+        previewer = Previewer(
+            float_model, source, feeds, mask=pair.options.mask, states=pair.options.states,
+            progress=part_of(progress, 0.3, 1.0),
+        )  # fmt: skip
+        return _Opened(previewer=previewer)
+
+    return _kept(_key(workspace, pair, [loaded.id, len(loaded.pins)]), make)
