@@ -647,7 +647,7 @@ class _Pass:
 
     def _sample(
         self, at: int, ran: _Ran, name: str, rows: int
-    ) -> tuple[Iterable[str], Iterable[str]]:
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Compares one sample and lets go of its tensors.
 
         Returns:

@@ -42,6 +42,8 @@ _COLUMN = 32
 _SHORT = 16
 # Tensors smaller than this are not worth a run of a session: numpy takes as long, in float64.
 FEW = 4096
+# Places of a tensor that bindings are kept for.
+_KNOWN = 4
 # A sum of squares is trusted where the mean square is above this: float32's smallest normal number
 # is 1.2e-38, and what is lost below it stays under 1e-6.
 _TINY = 1e-31
@@ -411,17 +413,17 @@ class _Slot:
         cut: how its tensor is cut.
         rows: float32, (results, figures); None for columns.
         columns: float32, (groups, figures, width) of each part; () for rows.
-        addresses: of the tensors that `runs` is bound to.
         runs: one for each tile.
         tiles: addresses of x, y and q, elements, and the tile's results.
+        known: the two by the addresses of the tensors they are bound to, which come back.
     """
 
     cut: Cut
     rows: NDArray[np.float32] | None
     columns: tuple[NDArray[np.float32], ...]
-    addresses: tuple[int, int, int] = (0, 0, 0)
     runs: list[_Run] = field(default_factory=list)
     tiles: list[_Tile] = field(default_factory=list)
+    known: dict[tuple[int, int, int], tuple[list[_Run], list[_Tile]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -672,13 +674,17 @@ class Reducer:
             layout = _Layout.of(items, key)
             self._layouts[layout.names] = layout
         for slot, at in zip(layout.slots, layout.order, strict=True):
-            if slot.addresses != items[at].addresses:
-                self._bind(slot, items[at])
+            self._bind(slot, items[at])
         return layout
 
     def _bind(self, slot: _Slot, item: _Item) -> None:
-        slot.runs.clear()
-        slot.tiles.clear()
+        known = slot.known.get(item.addresses)
+        if known is not None:
+            slot.runs, slot.tiles = known
+            return
+        if len(slot.known) >= _KNOWN:
+            slot.known.clear()
+        slot.runs, slot.tiles = slot.known[item.addresses] = [], []
         cut, names = slot.cut, item.names
         session = self._opened((cut.kind, names), lambda: _reducer(cut.kind, names))
         limits = int(item.limits.memory.ctypes.data)
@@ -706,7 +712,6 @@ class Reducer:
                 run = _bound(session, inputs, (int(own.ctypes.data), shape))
                 slot.runs.append(run)
             begin += groups * each
-        slot.addresses = item.addresses
 
     def _started(self, runs: Sequence[_Run], held: Any) -> list[Future[None]]:
         """Starts runs, shared among the threads; `held` lives until they have ended."""
