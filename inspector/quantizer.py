@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from onnxruntime.quantization.quantize import check_static_quant_arguments, upda
 from onnxruntime.quantization.tensor_quant_overrides import TensorQuantOverridesHelper
 
 from inspector.calibration import METHODS, STATIC_OP_TYPES
+from inspector.indexed_model import IndexedModel, LoadedModel, UneditedModel, find_by_name
 from inspector.recipe import QuantConfig
 
 # The versions whose internals were read and tested; others take the public route.
@@ -137,288 +138,6 @@ class UnplannableError(Exception):
     """The recipe asks for something whose decisions cannot be told without carrying it out."""
 
 
-# -- the model that ONNX Runtime's quantizer edits ---------------------------------------------
-
-
-class _Initializers:
-    """The initializers in order, looked up by name; holds references and copies no weight.
-
-    Args:
-        tensors: to begin with.
-        below: further ones that are looked up and never changed.
-    """
-
-    def __init__(
-        self, tensors: Iterable[onnx.TensorProto] = (), *, below: _Initializers | None = None
-    ) -> None:
-        self._below = below
-        self._tensors: dict[int, onnx.TensorProto] = {}
-        self._places: dict[str, list[int]] = {}
-        self._next = 0
-        # The first of each name, also of those below.
-        self._first: dict[str, onnx.TensorProto] = dict(below._first) if below else {}
-        for tensor in tensors:
-            self.append(tensor)
-
-    def append(self, tensor: onnx.TensorProto) -> None:
-        name = tensor.name
-        self._tensors[self._next] = tensor
-        self._places.setdefault(name, []).append(self._next)
-        self._first.setdefault(name, tensor)
-        self._next += 1
-
-    def find(self, name: str) -> onnx.TensorProto | None:
-        return self._first.get(name)
-
-    def remove(self, tensor: onnx.TensorProto) -> bool:
-        places = self._places.get(tensor.name)
-        if not places:
-            return False
-        del self._tensors[places.pop(0)]
-        del self._first[tensor.name]
-        if places:
-            self._first[tensor.name] = self._tensors[places[0]]
-        return True
-
-    def names(self) -> Iterable[str]:
-        return self._first
-
-    def __iter__(self) -> Iterator[onnx.TensorProto]:
-        if self._below is not None:
-            yield from self._below
-        yield from self._tensors.values()
-
-
-def _find_by_name(name: str, items: Any) -> Any:
-    if type(items) is _Initializers:
-        return items.find(name)
-    return quant_utils.find_by_name(name, items)
-
-
-class _IndexedModel:
-    """What the quantizer asks of its `ONNXModel`, answered from an index.
-
-    No subclass: a method that is not here must fail and not read a graph that nobody edits.
-
-    Attributes:
-        model: the proto without nodes and initializers until `build`.
-    """
-
-    replace_node_input = staticmethod(ONNXModel.replace_node_input)
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(source.shell)
-        self._nodes: list[onnx.NodeProto] = []
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        self._makers: dict[str, list[onnx.NodeProto]] = {}
-        for node in source.nodes:
-            own = onnx.NodeProto()
-            own.CopyFrom(node)
-            self._append(own)
-        self._initializers = _Initializers(source.initializers)
-
-    def _append(self, node: onnx.NodeProto) -> None:
-        self._nodes.append(node)
-        for name in node.input:
-            if name:
-                self._readers.setdefault(name, []).append(node)
-        for name in node.output:
-            if name:
-                self._makers.setdefault(name, []).append(node)
-
-    # Looking
-
-    def nodes(self) -> list[onnx.NodeProto]:
-        return self._nodes
-
-    def initializer(self) -> _Initializers:
-        return self._initializers
-
-    def get_initializer(self, name: str) -> onnx.TensorProto | None:
-        return self._initializers.find(name)
-
-    def input_name_to_nodes(self) -> dict[str, list[onnx.NodeProto]]:
-        return self._readers
-
-    def is_graph_output(self, name: str) -> bool:
-        return name in self._source.output_names
-
-    def is_graph_input(self, name: str) -> bool:
-        return name in self._source.input_names
-
-    def get_tensor_type(self, name: str) -> Any:
-        return self._source.tensor_type(name)
-
-    def get_constant_value(self, name: str) -> Any:
-        return self._source.constant_value(name)
-
-    def get_largest_initializer_name_suffix(self, prefix: str) -> int:
-        return _largest_suffix(prefix, self._initializers.names())
-
-    # Editing
-
-    def add_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
-        for node in nodes:
-            self.add_node(node)
-
-    def add_node(self, node: onnx.NodeProto) -> None:
-        self._append(node)
-
-    def remove_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
-        gone = {id(node) for node in nodes}
-        if gone:
-            self._nodes = [n for n in self._nodes if id(n) not in gone]
-            for index in (self._readers, self._makers):
-                for name in list(index):
-                    index[name] = [n for n in index[name] if id(n) not in gone]
-
-    def replace_input_of_all_nodes(self, old: str, new: str) -> None:
-        readers = self._readers.pop(old, [])
-        for node in {id(n): n for n in readers}.values():
-            ONNXModel.replace_node_input(node, old, new)
-        if readers:
-            self._readers.setdefault(new, []).extend(readers)
-
-    def replace_input_of_nodes(self, old: str, new: str, names: Collection[str]) -> None:
-        readers = self._readers.get(old, [])
-        moved = [n for n in readers if n.name in names]
-        for node in {id(n): n for n in moved}.values():
-            ONNXModel.replace_node_input(node, old, new)
-        if moved:
-            self._readers[old] = [n for n in readers if n.name not in names]
-            self._readers.setdefault(new, []).extend(moved)
-
-    def replace_output_of_all_nodes(self, old: str, new: str) -> None:
-        makers = self._makers.pop(old, [])
-        for node in {id(n): n for n in makers}.values():
-            ONNXModel.replace_node_output(node, old, new)
-        if makers:
-            self._makers.setdefault(new, []).extend(makers)
-
-    def add_initializer(self, tensor: onnx.TensorProto) -> None:
-        if self._initializers.find(tensor.name) is None:
-            self._initializers.append(tensor)
-
-    def initializer_extend(self, tensors: Sequence[onnx.TensorProto]) -> None:
-        for tensor in tensors:
-            self._initializers.append(tensor)
-
-    def remove_initializer(self, tensor: onnx.TensorProto) -> None:
-        if self._initializers.remove(tensor):
-            self._drop_input(tensor.name)
-
-    def _drop_input(self, name: str) -> None:
-        if name in self._source.input_names:
-            for given in self.model.graph.input:
-                if given.name == name:
-                    self.model.graph.input.remove(given)
-                    break
-
-    def set_opset_import(self, domain: str, version: int) -> None:
-        ONNXModel(self.model).set_opset_import(domain, version)
-
-    def clean_initializers(self) -> None:
-        """Puts the graph together from what is used, then lets ONNX Runtime clean it.
-
-        What it would remove one by one, each with a scan, is left out beforehand.
-        """
-        wanted = {name for node in self._nodes for name in node.input if name}
-        wanted.update(o.name for o in self.model.graph.output if o.name)
-        inside = self._source.names_in_bodies
-        made = {name for node in self._nodes for name in node.output}
-        kept, seen = [], set()
-        for tensor in self._initializers:
-            name = tensor.name
-            used = (name in wanted and name not in made) or name in inside
-            if used and name not in seen:
-                seen.add(name)
-                kept.append(tensor)
-            elif name not in inside:
-                self._drop_input(name)
-        self.build(kept)
-        # It writes nodes that hold bodies anew, which changes bytes.
-        if self._source.has_bodies:
-            ONNXModel(self.model).clean_initializers()
-
-    def build(self, initializers: Iterable[onnx.TensorProto]) -> None:
-        self.model.graph.node.extend(self._nodes)
-        self.model.graph.initializer.extend(initializers)
-
-
-class _Source:
-    """The loaded model as it is before any edit; nobody changes it."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.nodes = list(model.graph.node)
-        self.initializers = list(model.graph.initializer)
-        # What is neither node nor weight: copied for every result.
-        self.shell = onnx.ModelProto()
-        for field, value in model.ListFields():
-            if field.name == "graph":
-                continue
-            if isinstance(value, (str, bytes, int)):
-                setattr(self.shell, field.name, value)
-            else:
-                getattr(self.shell, field.name).MergeFrom(value)
-        for field, value in model.graph.ListFields():
-            if field.name in ("node", "initializer"):
-                continue
-            if isinstance(value, str):
-                setattr(self.shell.graph, field.name, value)
-            else:
-                getattr(self.shell.graph, field.name).MergeFrom(value)
-        self.input_names = frozenset(i.name for i in model.graph.input)
-        self.output_names = frozenset(o.name for o in model.graph.output)
-        bodies = list(_bodies(model.graph))
-        self.has_bodies = bool(bodies)
-        self.names_in_bodies = frozenset(
-            name
-            for body in bodies
-            for name in (
-                *(i for n in body.node for i in n.input),
-                *(o.name for o in body.output),
-            )
-            if name
-        )
-        self._types = {v.name: v.type.tensor_type for v in model.graph.value_info}
-        for value in (*model.graph.input, *model.graph.output):
-            self._types.setdefault(value.name, value.type.tensor_type)
-
-        self.by_name = _Initializers(self.initializers)
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        self._constants: dict[str, onnx.NodeProto] = {}
-        for node in self.nodes:
-            for name in node.input:
-                if name:
-                    self.readers.setdefault(name, []).append(node)
-            if node.op_type == "Constant":
-                self._constants.setdefault(node.output[0], node)
-
-    def tensor_type(self, name: str) -> Any:
-        return self._types.get(name)
-
-    def constant_value(self, name: str) -> Any:
-        """The array of a Constant node or an initializer; None for any other tensor."""
-        node = self._constants.get(name)
-        for attribute in node.attribute if node is not None else ():
-            if attribute.name == "value":
-                return numpy_helper.to_array(attribute.t)
-        found = self.by_name.find(name)
-        return None if found is None else numpy_helper.to_array(found)
-
-
-def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    for node in graph.node:
-        for attribute in node.attribute:
-            inner = [attribute.g] if attribute.HasField("g") else []
-            for body in (*inner, *attribute.graphs):
-                yield body
-                yield from _bodies(body)
-
-
 # -- ONNX Runtime's code over that model -------------------------------------------------------
 
 
@@ -484,12 +203,12 @@ class _Decisions:
     """Over ONNX Runtime's quantizer: the indexed model, and results kept from list to list."""
 
     # Set by `Quantizer` on the class it makes.
-    source: _Source
+    source: LoadedModel
     kept: _Kept
     base_ranges: Mapping[str, TensorData]
 
     def edited(self) -> Any:
-        return _IndexedModel(self.source)
+        return IndexedModel(self.source)
 
     def calc_graph_quant_params(self) -> Any:
         # The first step of the constructor that looks anything up.
@@ -514,7 +233,7 @@ class _Decisions:
             if name in overrides:
                 key = (*key, repr(overrides[name]))
             if key not in self.kept.grids:
-                if _find_by_name(name, self.model.initializer()) is None:
+                if find_by_name(name, self.model.initializer()) is None:
                     continue
                 self.tensors_to_quantize = {name: info}
                 own = super()._calc_initializer_quant_params()  # type: ignore[misc]
@@ -548,71 +267,15 @@ class _Decisions:
         return widened, None if scale is None else scale.copy()
 
 
-class _UneditedModel:
-    """What the quantizer asks of its model while it decides; edits are noted or do nothing."""
-
-    def __init__(self, source: _Source) -> None:
-        self._source = source
-        self.model = onnx.ModelProto()  # takes the producer's name
-        self.own_copies: dict[str, str] = {}
-        self.bias_of_node: dict[tuple[str, str], str] = {}
-        self._initializers = _Initializers(below=source.by_name)
-
-    def nodes(self) -> list[onnx.NodeProto]:
-        return self._source.nodes
-
-    def initializer(self) -> _Initializers:
-        return self._initializers
-
-    def get_initializer(self, name: str) -> onnx.TensorProto | None:
-        return self._initializers.find(name)
-
-    def input_name_to_nodes(self) -> dict[str, list[onnx.NodeProto]]:
-        return self._source.readers
-
-    def is_graph_output(self, name: str) -> bool:
-        return name in self._source.output_names
-
-    def is_graph_input(self, name: str) -> bool:
-        return name in self._source.input_names
-
-    def get_tensor_type(self, name: str) -> Any:
-        return self._source.tensor_type(name)
-
-    def get_constant_value(self, name: str) -> Any:
-        return self._source.constant_value(name)
-
-    def get_largest_initializer_name_suffix(self, prefix: str) -> int:
-        return _largest_suffix(prefix, self._initializers.names())
-
-    def add_initializer(self, tensor: onnx.TensorProto) -> None:
-        if self._initializers.find(tensor.name) is None:
-            self._initializers.append(tensor)
-
-    def replace_input_of_nodes(self, old: str, new: str, names: Collection[str]) -> None:
-        # A bias that two nodes share: each gets its own copy.
-        for name in names:
-            self.bias_of_node[name, old] = new
-
-    def replace_output_of_all_nodes(self, old: str, new: str) -> None:
-        """A Relu is folded; nobody else reads the tensor before it, so nobody notices."""
-
-    def clean_initializers(self) -> None:
-        """Nothing was added."""
-
-    def set_opset_import(self, domain: str, version: int) -> None:
-        """Nothing is written."""
-
-
 class _WithoutEdits:
     """Over the quantizer: decides everything and carries out nothing."""
 
-    source: _Source
+    source: LoadedModel
     kept: _Kept
     plan: Plan
 
     def edited(self) -> Any:
-        return _UneditedModel(self.source)
+        return UneditedModel(self.source)
 
     def remove_nodes(self) -> None:
         """Nothing is removed."""
@@ -636,7 +299,7 @@ class _WithoutEdits:
         for name, info in self.tensors_to_quantize.items():  # type: ignore[attr-defined]
             if info.is_shared:
                 self.shared[name] = info.quant_para_provider
-            elif _find_by_name(name, self.model.initializer()) is not None:  # type: ignore[attr-defined]
+            elif find_by_name(name, self.model.initializer()) is not None:  # type: ignore[attr-defined]
                 params = self.initializer_quant_params[name]  # type: ignore[attr-defined]
                 self.weights[name] = self._grid(params, (name, params["scale"].tobytes()))
             elif name not in self.tensor_to_producing_dq:  # type: ignore[attr-defined]
@@ -669,7 +332,7 @@ class _WithoutEdits:
             waiting = {n: p for n, p in waiting.items() if n not in ready}
 
     def _quantize_bias_tensors(self) -> None:
-        model: _UneditedModel = self.model  # type: ignore[attr-defined]
+        model: UneditedModel = self.model  # type: ignore[attr-defined]
         copies = {new: old for (_, old), new in model.bias_of_node.items()}
         biases: dict[tuple[str, str], Grid] = {}
         readers: dict[str, str] = {}
@@ -724,17 +387,6 @@ def _grid(params: Any) -> Grid:
         zero_point=np.asarray(params["zero_point"]).astype(dtype),
         axis=params.get("axis"),
     )
-
-
-def _largest_suffix(prefix: str, names: Iterable[str]) -> int:
-    largest = -1
-    for name in names:
-        if name.startswith(prefix):
-            try:
-                largest = max(largest, int(name[len(prefix) :]))
-            except ValueError:
-                continue
-    return largest
 
 
 # -- the public side ---------------------------------------------------------------------------
@@ -793,7 +445,7 @@ class Quantizer:
             )
         self._ranges: dict[str, TensorData] = dict(observed.items())
         self._op_types = frozenset(config.op_types or STATIC_OP_TYPES)
-        self.source = _Source(model)
+        self.source = LoadedModel(model)
         self._kept = _Kept(self._ranges)
         self._quantizer, planner = _classes(self.source, self._kept)
         self._planner = self._made(planner, (), self._options)
@@ -920,7 +572,7 @@ class Quantizer:
         return found
 
 
-def _classes(source: _Source, kept: _Kept) -> tuple[type, type]:
+def _classes(source: LoadedModel, kept: _Kept) -> tuple[type, type]:
     """The quantizer and the planner over one model."""
 
     def stored(
@@ -944,7 +596,7 @@ def _classes(source: _Source, kept: _Kept) -> tuple[type, type]:
 
     kept.store = stored
 
-    lookups = {"find_by_name": _find_by_name}
+    lookups = {"find_by_name": find_by_name}
     matmul = type("QDQMatMul", (matmul_operators.QDQMatMul,),
                   _rebound(matmul_operators.QDQMatMul, lookups))  # fmt: skip
 

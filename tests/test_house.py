@@ -30,13 +30,14 @@ TOP_LEVEL = {
 # Who may import what; names are modules of inspector/, "web", "pages" and "app".
 DOORS = {
     "onnxruntime": {
-        *("runtime", "timing", "twin", "observers", "calibration", "prepare", "quantizer"),
-        "quantize",
+        *("runtime", "timing", "twin", "observers", "calibration", "prepare"),
+        *("indexed_model", "quantizer", "quantize"),
     },
     "onnx": {
         *("model", "model_checks", "model_files", "folding", "runtime", "arrays", "twin"),
         "isolation",
-        *("observers", "calibration", "prepare", "quantizer", "switchboard", "quantize"),
+        *("observers", "calibration", "prepare", "indexed_model", "quantizer", "switchboard"),
+        "quantize",
         *("float_constants", "sites", "freed_graph", "rewrite", "freed_file"),
     },
     "onnx_ir": {"model", "quantize"},

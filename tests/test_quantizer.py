@@ -24,6 +24,7 @@ import inspector.quantizer as quantizer_module
 from inspector.calibration import METHODS, calibrate, copy_model, hushed
 from inspector.errors import QuantizationError
 from inspector.feeds import load_feeds, random_feeds
+from inspector.indexed_model import IndexedModel
 from inspector.model import Model
 from inspector.model_files import load_model
 from inspector.prepare import prepare
@@ -323,7 +324,7 @@ def test_what_the_indexed_model_does_not_know_fails_and_is_not_read_from_a_stale
     tmp_path: Path, cache: Path
 ) -> None:
     quantizer, _, _ = opened(save(conv_relu_gemm(), tmp_path / "m.onnx"), QuantConfig(), cache)
-    model = quantizer_module._IndexedModel(quantizer.source)
+    model = IndexedModel(quantizer.source)
     assert not hasattr(model, "find_nodes_by_initializer")
     assert not model.model.graph.node
 
