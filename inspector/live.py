@@ -10,38 +10,29 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from inspector.calibration import calibrate, hushed
-from inspector.errors import InspectorError, QuantizationError
+from inspector.calibration import calibrate
+from inspector.errors import InspectorError
 from inspector.feeds import split_calibration
 from inspector.matching import match_tensors
-from inspector.prepare import QUANTIZER_ERRORS, Prepared, prepare, shorten, text_of
+from inspector.prepare import prepare
 from inspector.preview import Change, Preview, Previewer, RecipeSource, SurgerySource
-from inspector.quantize import extra_options, open_quantizer, quantizer_names
+from inspector.quantize import extra_options
 from inspector.quantizer import UnplannableError
 from inspector.recipe import QuantConfig
 from inspector.render import strict
 from inspector.runtime import Progress, no_progress, part_of
 from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
-from inspector.switchboard import Switchboard
 from inspector.workbench import open_feeds, open_model, stamps_of
 
 # Each holds the float model's outputs, a session and the weights twice.
 KEPT_PREVIEWERS = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Opened:
-    """A previewer; `prepared` turns names of the float file into those that it takes."""
-
-    previewer: Previewer
-    prepared: Prepared | None = None
-
-
-_opened: OrderedDict[str, _Opened] = OrderedDict()
+_opened: OrderedDict[str, Previewer] = OrderedDict()
 
 
 def preview_list(
@@ -78,45 +69,23 @@ def preview_list(
     opening, running = part_of(progress, 0.0, 0.5), part_of(progress, 0.5, 1.0)
     try:
         if config is None:
-            opened = _open_surgery(workspace, pair, opening)
-            found = opened.previewer.preview(exclude, progress=running)
-            own = None
-            if run.number == 0 or made_by_surgery(run):
-                own = opened.previewer.source.change(run.exclusions, None)
+            previewer = _open_surgery(workspace, pair, opening)
+            found = previewer.preview(exclude, progress=running)
+            alike = run.number == 0 or made_by_surgery(run)
         else:
             options = QuantConfig.from_json(config)
-            opened = _open_recipe(workspace, pair, replace(options, overrides=()), opening)
-            found = _with_recipe(opened, options, exclude, running)
-            own = None
-            same = QuantConfig.from_json(run.recipe) == options
-            if same and not run.summary.get("surgery_fits") and not made_by_surgery(run):
-                own = opened.previewer.source.change(_names(opened, run.exclusions, options), None)
+            previewer = _open_recipe(workspace, pair, replace(options, overrides=()), opening)
+            # Grids that are set by hand are inputs of the same switchboard.
+            entries = extra_options(options).get("TensorQuantOverrides", {})
+            overrides = {tensor: each[0] for tensor, each in entries.items()}
+            found = previewer.preview(exclude, overrides, progress=running)
+            alike = QuantConfig.from_json(run.recipe) == options
+            alike &= not run.summary.get("surgery_fits") and not made_by_surgery(run)
+        own = previewer.source.change(run.exclusions, None) if alike else None
     except UnplannableError as error:
         return {"reason": str(error)}
     result: dict[str, Any] = strict({"reason": "", **asdict(found), **_estimates(run, found, own)})
     return result
-
-
-def _names(opened: _Opened, names: Sequence[str], config: QuantConfig) -> tuple[str, ...]:
-    assert opened.prepared is not None
-    return quantizer_names(opened.prepared, names, config)
-
-
-def _with_recipe(
-    opened: _Opened, config: QuantConfig, exclude: Sequence[str], progress: Progress
-) -> Preview:
-    # Grids that are set by hand are inputs of the same switchboard.
-    entries = extra_options(config).get("TensorQuantOverrides", {})
-    overrides = {tensor: each[0] for tensor, each in entries.items()}
-    names = _names(opened, exclude, config)
-    with hushed():
-        try:
-            return opened.previewer.preview(names, overrides, progress=progress)
-        except QUANTIZER_ERRORS as error:
-            raise QuantizationError(
-                f"ONNX Runtime's quantizer refuses this list: {shorten(text_of(error))}",
-                hint="Leave another node in float.",
-            ) from error
 
 
 def _estimates(run: RunRecord, found: Preview, own: Change | None) -> dict[str, Any]:
@@ -141,7 +110,7 @@ def _estimates(run: RunRecord, found: Preview, own: Change | None) -> dict[str, 
     return {"size_bytes": size, "latency_seconds": seconds}
 
 
-def _kept(key: str, make: Callable[[], _Opened]) -> _Opened:
+def _kept(key: str, make: Callable[[], Previewer]) -> Previewer:
     """What was opened under a key, as the click before left it."""
     if key not in _opened:
         _opened[key] = make()
@@ -158,7 +127,7 @@ def _key(workspace: Workspace, pair: PairRecord, what: Any) -> str:
 
 def _open_recipe(
     workspace: Workspace, pair: PairRecord, config: QuantConfig, progress: Progress
-) -> _Opened:
+) -> Previewer:
     """The previewer of a pair and a recipe.
 
     Raises:
@@ -167,7 +136,7 @@ def _open_recipe(
     if config.format != "qdq":
         raise UnplannableError(f"a recipe of format {config.format} has no preview")
 
-    def make() -> _Opened:
+    def make() -> Previewer:
         progress(0.0, "preparing the preview")
         float_model = open_model(pair.float_model.path)
         feeds = open_feeds(pair.inputs, float_model)
@@ -183,27 +152,16 @@ def _open_recipe(
             cache=workspace.cache,
             progress=part_of(progress, 0.1, 0.5),
         )
-        with hushed():
-            try:
-                quantizer = open_quantizer(prepared, config, ranges.path)
-                if quantizer is None:
-                    raise UnplannableError("this model is quantized by the public function only")
-                board = Switchboard(quantizer)
-            except QUANTIZER_ERRORS as error:
-                raise UnplannableError(shorten(text_of(error))) from error
-            except InspectorError as error:
-                raise UnplannableError(error.message) from error
-        source = RecipeSource(prepared.model, board, feeds[0], pair.options.states)
-        previewer = Previewer(
+        source = RecipeSource(prepared, config, ranges.path, feeds[0], pair.options.states)
+        return Previewer(
             float_model, source, feeds, mask=pair.options.mask, states=pair.options.states,
             progress=part_of(progress, 0.5, 1.0),
         )  # fmt: skip
-        return _Opened(previewer=previewer, prepared=prepared)
 
     return _kept(_key(workspace, pair, config.to_json()), make)
 
 
-def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) -> _Opened:
+def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) -> Previewer:
     """The previewer of surgery on a pair's loaded file.
 
     Raises:
@@ -213,7 +171,7 @@ def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) ->
     if loaded is None:
         raise UnplannableError("the pair was loaded without a quantized file")
 
-    def make() -> _Opened:
+    def make() -> Previewer:
         progress(0.0, "preparing the preview")
         float_model, quantized = open_model(pair.float_model.path), open_model(loaded.model.path)
         feeds = open_feeds(pair.inputs, float_model)
@@ -222,10 +180,9 @@ def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) ->
             source = SurgerySource(float_model, quantized, matching, feeds[0], pair.options.states)
         except InspectorError as error:
             raise UnplannableError(error.message) from error
-        previewer = Previewer(
+        return Previewer(
             float_model, source, feeds, mask=pair.options.mask, states=pair.options.states,
             progress=part_of(progress, 0.3, 1.0),
         )  # fmt: skip
-        return _Opened(previewer=previewer)
 
     return _kept(_key(workspace, pair, [loaded.id, len(loaded.pins)]), make)

@@ -11,19 +11,25 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from inspector.calibration import hushed
 from inspector.comparison import Task, judged_db
 from inspector.costs import count_macs
+from inspector.errors import InspectorError, QuantizationError
 from inspector.feeds import Feeds
 from inspector.layouts import OutputLayouts
 from inspector.matching import ActivationPair, Matching
 from inspector.model import FLOAT_DTYPES, Model
 from inspector.padding import Padding
 from inspector.pairs import feed_for_quantized
+from inspector.prepare import QUANTIZER_ERRORS, Prepared, shorten, text_of
+from inspector.quantize import open_quantizer, quantizer_names
 from inspector.quantizer import Plan, UnplannableError
+from inspector.recipe import QuantConfig
 from inspector.rewrite import switchable
 from inspector.runtime import Feed, Progress, no_progress, open_session
 from inspector.states import Carried, States
@@ -115,7 +121,7 @@ Run = Callable[[Feed, str], Outputs]
 
 
 class Source(Protocol):
-    """What computes the outputs of any list's own file."""
+    """What computes the outputs of any list's own file; lists name nodes of the float file."""
 
     output_names: Collection[str]
 
@@ -125,30 +131,59 @@ class Source(Protocol):
 
 
 class RecipeSource:
-    """Re-quantizing with a recipe: lists name nodes of the prepared model.
+    """Re-quantizing with a recipe.
 
     Args:
-        prepared: what the quantizer was given.
-        board: of the recipe.
+        prepared: what the quantizer is given.
+        config: the recipe.
+        ranges: what was observed, as a file.
         feed: the first sample; its shapes count the multiply-accumulates.
         states: (output, input) pairs that carry over from sample to sample.
+
+    Raises:
+        UnplannableError: this recipe or model has no switchboard.
     """
 
     def __init__(
-        self, prepared: Model, board: Switchboard, feed: Feed, states: States = ()
+        self,
+        prepared: Prepared,
+        config: QuantConfig,
+        ranges: Path,
+        feed: Feed,
+        states: States = (),
     ) -> None:
+        with hushed():
+            try:
+                quantizer = open_quantizer(prepared, config, ranges)
+                if quantizer is None:
+                    raise UnplannableError("this model is quantized by the public function only")
+                board = Switchboard(quantizer)
+            except QUANTIZER_ERRORS as error:
+                raise UnplannableError(shorten(text_of(error))) from error
+            except InspectorError as error:
+                raise UnplannableError(error.message) from error
         self.board = board
         self.output_names: Collection[str] = board.output_names
-        self._prepared = prepared
+        self._names = prepared
+        self._prepared = prepared.model
+        self._config = config
         self._states = tuple(states)
-        self._macs = count_macs(prepared, feed)
+        self._macs = count_macs(prepared.model, feed)
         self._plans: dict[Any, Plan] = {}
         self._whole = self._costs(board.whole)
 
     def _plan(self, exclude: Collection[str], overrides: Overrides) -> Plan:
         key = (frozenset(exclude), repr(overrides))
         if key not in self._plans:
-            self._plans[key] = self.board.plan_of(exclude, overrides)
+            names = quantizer_names(self._names, exclude, self._config)
+            with hushed():
+                try:
+                    self._plans[key] = self.board.plan_of(names, overrides)
+                except QUANTIZER_ERRORS as error:
+                    raise QuantizationError(
+                        f"ONNX Runtime's quantizer refuses this list: {shorten(text_of(error))}",
+                        hint="Leave another node in float.",
+                    ) from error
             if len(self._plans) > _KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
         return self._plans[key]
@@ -157,7 +192,9 @@ class RecipeSource:
         """What a list changes.
 
         Raises:
-            UnplannableError: the switchboard cannot show this list.
+            ExclusionError: a name that is not in the model.
+            QuantizationError: ONNX Runtime's quantizer refuses the list.
+            UnplannableError: the switchboard cannot show it.
         """
         plan, whole = self._plan(exclude, overrides), self.board.whole
         share, size = self._costs(plan)
@@ -210,7 +247,7 @@ class RecipeSource:
 
 
 class SurgerySource:
-    """Freeing nodes in a finished file: lists name nodes of the float file.
+    """Freeing nodes in a finished file.
 
     Args:
         float_model: the float model.
@@ -372,11 +409,12 @@ class Previewer:
         """What a list would give.
 
         Args:
-            exclude: nodes, as the source names them.
+            exclude: nodes of the float file.
             overrides: see `Quantizer.plan`.
             progress: called before every sample; what it raises ends the preview.
 
         Raises:
+            InspectorError: a name or a grid cannot be used.
             UnplannableError: the source cannot show this list.
         """
         begin = time.perf_counter()

@@ -105,7 +105,7 @@ def test_the_second_click_opens_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was opened again")
 
-    monkeypatch.setattr(live, "Switchboard", refuse)
+    monkeypatch.setattr(live, "RecipeSource", refuse)
     monkeypatch.setattr(live, "calibrate", refuse)
     for name in names:
         assert preview_list(root, run_id=run_id, config=config, exclude=[name])["reason"] == ""
@@ -121,7 +121,7 @@ def test_a_grid_set_by_hand_is_previewed_by_the_same_switchboard(
     }  # fmt: skip
     plain = QuantConfig().to_json()
     before = preview_list(root, run_id=run_id, config=plain, exclude=[])
-    monkeypatch.setattr(live, "Switchboard", None)
+    monkeypatch.setattr(live, "RecipeSource", None)
     config = {**plain, "overrides": [entry]}
     after = preview_list(root, run_id=run_id, config=config, exclude=[])
     assert after["regridded"] == [tensor]

@@ -20,10 +20,9 @@ from inspector.model import Model
 from inspector.model_files import load_model
 from inspector.prepare import prepare
 from inspector.preview import Preview, Previewer, RecipeSource
-from inspector.quantize import open_quantizer, quantize_model, quantizer_names
+from inspector.quantize import quantize_model
 from inspector.recipe import QuantConfig
 from inspector.scheme import read_scheme
-from inspector.switchboard import Switchboard
 from tests.samples import boxes_and_scores_in_one_concat, conv_relu_gemm, save
 from tests.test_quantizer import MODELS, needs_models
 
@@ -44,14 +43,14 @@ class Opened:
         )  # fmt: skip
         self.prepared = prepare(float_model, CONFIG, folder)
         ranges = calibrate(self.prepared.model, feeds, cache=folder)
-        quantizer = open_quantizer(self.prepared, CONFIG, ranges.path)
-        assert quantizer is not None
-        self.board = Switchboard(quantizer)
-        source = RecipeSource(self.prepared.model, self.board, feeds[0], options.get("states", ()))
+        source = RecipeSource(
+            self.prepared, CONFIG, ranges.path, feeds[0], options.get("states", ())
+        )
+        self.board = source.board
         self.previewer = Previewer(float_model, source, feeds, **options)
 
     def preview(self, *exclude: str) -> Preview:
-        return self.previewer.preview(quantizer_names(self.prepared, exclude, CONFIG))
+        return self.previewer.preview(exclude)
 
     def really(self, *exclude: str) -> tuple[Comparison, Model]:
         made = quantize_model(
