@@ -7,8 +7,7 @@ silently: what no figure speaks of is in `Comparison.unmatched`, `skipped` or `n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,16 +48,7 @@ from inspector.nonfinite import NonFiniteTrace, has_nonfinite, nonfinite_warning
 from inspector.padding import Padding
 from inspector.pairs import PairRunner, feed_for_quantized
 from inspector.qparams import QParams
-from inspector.runtime import (
-    CPU,
-    Feed,
-    Progress,
-    Session,
-    Tensors,
-    no_progress,
-    open_session,
-    part_of,
-)
+from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
 from inspector.scheme import COMPUTES_IN_INTEGERS, QuantFormat, quant_formats, stored_values
 from inspector.states import Carried, States, check_states, likely_states
 from inspector.structure import permutation_of
@@ -93,8 +83,6 @@ OBSERVED_SAMPLES = 3
 # better than it by the second.
 BROKEN_DB = 10.0
 HEALTHIER_DB = 15.0
-# The models run on a sample while the one before is compared, where its tensors are smaller.
-AHEAD_BYTES = 1 << 29
 # Nodes between a graph output and the tensor that it stands for.
 _CHAIN = 8
 
@@ -453,30 +441,6 @@ def _truly_fused(unmatched: Iterable[Unmatched], compared: set[str]) -> tuple[Un
 # -- the whole ---------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Ran:
-    """Both models' tensors for one sample.
-
-    Attributes:
-        feed: as it was given.
-        theirs: the same for the quantized model.
-        own_feed, their_feed: both with the states that the sample before left.
-        reference, actual: the float and the quantized model's tensors.
-    """
-
-    feed: Feed
-    theirs: Feed
-    own_feed: Feed
-    their_feed: Feed
-    reference: Tensors
-    actual: Tensors
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all tensors, at four bytes an element."""
-        return 4 * (self.reference.elements + self.actual.elements)
-
-
 class _Pass:
     """Both models opened as simulated and as deployed, and what watches them sample by sample."""
 
@@ -603,59 +567,12 @@ class _Pass:
             values, _ = self.runner.run(feeds[at], feeds.names[at])
             self.padding.learn(masks[at], values)
 
-    def all_samples(self, feeds: Feeds, progress: Progress) -> None:
-        """Compares sample by sample; the models run on the next one while one is compared."""
-        coming = iter(feeds)
-
-        def run(at: int) -> _Ran | None:
-            feed = next(coming, None)
-            return None if feed is None else self._run(feed, feeds.names[at])
-
-        with ThreadPoolExecutor(1) as pool:
-            at, ran = 0, run(0)
-            while ran is not None:
-                progress(at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
-                name, rows = feeds.names[at], feeds.rows[at]
-                if ran.size_bytes > AHEAD_BYTES:
-                    further = self._sample(at, ran, name, rows)
-                    # Its tensors go before there are others.
-                    ran = None
-                    if any(further):
-                        self.runner.look_at(*further)
-                    at, ran = at + 1, run(at + 1)
-                    continue
-                later = pool.submit(run, at + 1)
-                further = self._sample(at, ran, name, rows)
-                at, ran = at + 1, later.result()
-                if any(further):
-                    self.runner.look_at(*further)
-                    if ran is not None:
-                        values = self.runner.run_values(
-                            ran.own_feed, feeds.names[at], ran.their_feed
-                        )
-                        ran.reference, ran.actual = values
-
-    def _run(self, feed: Feed, name: str) -> _Ran:
-        """Both models as simulated, on one sample."""
+    def sample(self, at: int, feed: Feed, name: str, rows: int) -> None:
+        """Runs everything on one sample and lets go of its tensors."""
         theirs = feed_for_quantized(self.matching, feed)
         own_feed = self.own_state.into(feed, name)
         their_feed = self.their_state.into(theirs, name)
         reference, actual = self.runner.run_values(own_feed, name, their_feed)
-        self.own_state.keep(reference)
-        self.their_state.keep(actual)
-        return _Ran(feed, theirs, own_feed, their_feed, reference, actual)
-
-    def _sample(
-        self, at: int, ran: _Ran, name: str, rows: int
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Compares one sample and lets go of its tensors.
-
-        Returns:
-            Further tensors of the float and of the quantized model to look at from now on.
-        """
-        feed, theirs = ran.feed, ran.theirs
-        own_feed, their_feed = ran.own_feed, ran.their_feed
-        reference, actual = ran.reference, ran.actual
         if self.padding is not None:
             self.padding.use(self.padding.mask_of(feed, name))
         self.warnings += _feed_warnings(name, feed)
@@ -666,17 +583,7 @@ class _Pass:
             self.reducer.suspects(actual, also[1]),
         )
         watches = self.watches.values() if self.in_runtime else ()
-        pending = self.reducer.begin(watches, reference, actual)
-        own_deployed = self.own_deployed.into(feed, name)
-        their_deployed = self.their_deployed.into(theirs, name)
-        if self.first is None:
-            self.first = (own_deployed, their_deployed)
-        shipped_float: dict[str, NDArray[Any]] = {}
-        shipped: dict[str, NDArray[Any]] = {}
-        if self.deployed_float is not None and self.deployed is not None:
-            shipped_float = self.deployed_float.run(own_deployed, sample=name)
-            shipped = self.deployed.run(their_deployed, sample=name)
-        reduced = self.reducer.finish(pending)
+        reduced = self.reducer.sums(watches, reference, actual)
         for pair in self.runner.pairs:
             if pair.name in reference and pair.after in actual:
                 sums = reduced.get(pair.name)
@@ -697,6 +604,15 @@ class _Pass:
         reference.keep({*self.runner.outputs, *suspects[0], *own_feed, *self.devices})
         watched = {self.watches[n].pair.after for n in self.devices}
         actual.keep({*self.runner.outputs.values(), *suspects[1], *their_feed, *watched})
+        own_deployed = self.own_deployed.into(feed, name)
+        their_deployed = self.their_deployed.into(theirs, name)
+        if self.first is None:
+            self.first = (own_deployed, their_deployed)
+        shipped_float: dict[str, NDArray[Any]] = {}
+        shipped: dict[str, NDArray[Any]] = {}
+        if self.deployed_float is not None and self.deployed is not None:
+            shipped_float = self.deployed_float.run(own_deployed, sample=name)
+            shipped = self.deployed.run(their_deployed, sample=name)
         for output, other in self.runner.outputs.items():
             self._fit(output, reference[output].shape, actual[other].shape)
         simulated = {n: self.as_float(n, actual[o]) for n, o in self.runner.outputs.items()}
@@ -730,6 +646,7 @@ class _Pass:
             self.task.add(rows, {n: reference[n] for n in self.runner.outputs}, simulated)
         self._devices(at, reference, actual, deployed)
         for carried, outputs in (
+            (self.own_state, reference), (self.their_state, actual),
             (self.own_deployed, shipped_float), (self.their_deployed, shipped),
         ):  # fmt: skip
             if outputs:
@@ -738,15 +655,16 @@ class _Pass:
             trace.count({n: values[n] for n in names if has_nonfinite(values[n])}, name)
             for trace, values, names in zip(self.traces, (reference, actual), suspects, strict=True)
         ]
-        if not any(fresh):
-            return (), ()
-        first, second = (
-            trace.see(own, name, names) if is_fresh else ()
-            for trace, is_fresh, own, names in zip(
-                self.traces, fresh, (own_feed, their_feed), suspects, strict=True
-            )
-        )
-        return first, second
+        del reference, actual
+        if any(fresh):
+            further = [
+                trace.see(ran, name, names) if is_fresh else ()
+                for trace, is_fresh, ran, names in zip(
+                    self.traces, fresh, (own_feed, their_feed), suspects, strict=True
+                )
+            ]
+            if any(further):
+                self.runner.look_at(*further)
 
     def _layout(self, output: str, other: str) -> tuple[QParams | None, tuple[int, ...] | None]:
         """How a graph output of the quantized model becomes the float model's.
@@ -1034,7 +952,9 @@ def compare_models(
         for model, rounded in zip((float_model, quantized_model), run.runner.rounded, strict=True)
         if rounded
     ]
-    run.all_samples(feeds, part_of(progress, 0.1, 0.85))
+    for at, feed in enumerate(feeds):
+        progress(0.1 + 0.75 * at / len(feeds), f"comparing sample {at + 1} of {len(feeds)}")
+        run.sample(at, feed, feeds.names[at], feeds.rows[at])
     run.close()
     latency = None
     if measure_latency:

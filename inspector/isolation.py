@@ -39,6 +39,9 @@ _TYPES = {
     "tensor(uint16)": TensorProto.UINT16,
     "tensor(int32)": TensorProto.INT32,
 }
+_INPUT_TYPES = {
+    helper.tensor_dtype_to_np_dtype(number).name: kind for kind, number in _TYPES.items()
+}
 _QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -140,6 +143,10 @@ class Isolation:
         self._in_runtime = in_runtime
         self._reducers = Reducer(), Reducer()
         self._pairs = {p.name: p for p in runner.pairs}
+        self._kinds = tuple(
+            {i.name: _INPUT_TYPES.get(i.dtype, "") for i in model.inputs} | dict(kinds)
+            for model, kinds in zip(self._models, runner.dtypes, strict=True)
+        )
         self._into_quantized: list[tuple[_Fed, ActivationPair]] = []
         self._into_float: list[tuple[_Fed, ActivationPair]] = []
         self._isolated: dict[str, TensorWatch] = {}
@@ -157,7 +164,7 @@ class Isolation:
 
     def _open_quantized(self) -> Session | None:
         """The quantized model on the float model's tensors."""
-        model, kinds = self._models[1], self._runner.dtypes[1]
+        model, kinds = self._models[1], self._kinds[1]
         names = _Names(model)
         lost, more = set(), []
         wanted: dict[str, tuple[ActivationPair, str]] = {}
@@ -194,7 +201,7 @@ class Isolation:
 
     def _open_float(self) -> Session | None:
         """The float model on the quantized model's tensors."""
-        model, kinds = self._models[0], self._runner.dtypes[0]
+        model, kinds = self._models[0], self._kinds[0]
         names = _Names(model)
         lost = set()
         for pair in self._runner.pairs:

@@ -7,7 +7,6 @@ another execution provider is named; no custom-op libraries.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -286,11 +285,6 @@ class Tensors(Mapping[str, NDArray[Any]]):
         """The shape of a tensor."""
         value = self._values[name]
         return tuple(value.shape() if isinstance(value, ort.OrtValue) else value.shape)
-
-    @property
-    def elements(self) -> int:
-        """Of all tensors."""
-        return sum(math.prod(self.shape_of(name)) for name in self._values)
 
     def kind_of(self, name: str) -> str:
         """ONNX Runtime's type of a tensor; "" for an array it would not take as it is."""

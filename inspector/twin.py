@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -525,14 +525,6 @@ class _Layout:
         return np.concatenate(blocks).astype(np.float64, copy=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A sample that is being reduced; holds its tensors."""
-
-    layouts: list[tuple[_Layout, list[_Item]]]
-    futures: list[Future[None]]
-
-
 class Reducer:
     """Reduces the tensors of pairs in the runtime, sample by sample; keeps none of them.
 
@@ -607,11 +599,8 @@ class Reducer:
         Raises:
             RunError: the runtime failed.
         """
-        return self.finish(self.begin(watches, reference, actual))
-
-    def begin(self, watches: Iterable[TensorWatch], reference: Tensors, actual: Tensors) -> Pending:
-        """Starts what `finish` ends; see `sums`. One at a time."""
         groups: dict[tuple[str, ...], list[_Item]] = {}
+        found: dict[str, SampleSums] = {}
         with _told():
             for watch in watches:
                 item = self._item(watch, reference, actual)
@@ -619,15 +608,8 @@ class Reducer:
                     groups.setdefault(item.names, []).append(item)
             layouts = [(self._layout(items), items) for items in groups.values()]
             runs = [run for layout, _ in layouts for slot in layout.slots for run in slot.runs]
-            return Pending(layouts, self._started(runs, layouts))
-
-    def finish(self, pending: Pending) -> dict[str, SampleSums]:
-        """What a sample adds to each pair, once its tensors are reduced; see `sums`."""
-        found: dict[str, SampleSums] = {}
-        with _told():
-            for future in pending.futures:
-                future.result()
-            for layout, items in pending.layouts:
+            self._run(runs, layouts)
+            for layout, items in layouts:
                 found |= self._read(layout, items)
         return found
 
@@ -713,17 +695,16 @@ class Reducer:
                 slot.runs.append(run)
             begin += groups * each
 
-    def _started(self, runs: Sequence[_Run], held: Any) -> list[Future[None]]:
-        """Starts runs, shared among the threads; `held` lives until they have ended."""
+    def _run(self, runs: Sequence[_Run], held: Any) -> None:
+        """Runs, shared among the threads; `held` lives until all have ended."""
         if self._threads < 2 or len(runs) < 2:
             _run_all(runs, held)
-            return []
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads)
-        return [
-            self._pool.submit(_run_all, runs[at :: self._threads], held)
-            for at in range(self._threads)
-        ]
+        shares = [runs[at :: self._threads] for at in range(self._threads)]
+        for future in [self._pool.submit(_run_all, share, held) for share in shares]:
+            future.result()
 
     # -- results ---------------------------------------------------------------------------
 
@@ -817,8 +798,7 @@ class Reducer:
             }  # fmt: skip
             inputs = [(n, *known[n]) for n in names]
             runs.append(_bound(session, inputs, (int(row.ctypes.data), (figures,))))
-        for future in self._started(runs, found):
-            future.result()
+        self._run(runs, found)
         return found
 
     def _underflows(

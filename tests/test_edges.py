@@ -621,6 +621,7 @@ def test_a_mask_that_is_no_input_is_named_with_its_neighbours(tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 @needs_models
 def test_a_padded_sentence_model_has_the_figures_of_its_own_positions(tmp_path: Path) -> None:
     folder = MODELS / "minilm-l6"
@@ -873,6 +874,7 @@ def test_a_first_axis_that_moves_the_float_model_as_well_is_no_batch(tmp_path: P
     assert "batch" not in headline(result)
 
 
+@pytest.mark.slow
 @needs_models
 def test_sentences_in_a_padded_batch_differ_from_the_same_alone() -> None:
     folder = MODELS / "minilm-l6"

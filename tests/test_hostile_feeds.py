@@ -525,6 +525,7 @@ def fill(folder: Path, count: int, content: bytes, suffix: str) -> None:
             os.link(first, folder / f"{at:06}{suffix}")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_files_of_other_kinds_do_no_harm(tmp_path: Path) -> None:
     fill(tmp_path / "in", 100_000, b"", ".log")
     assert error_of(tmp_path / "in", ROW_MODEL)[0].startswith(

@@ -6,6 +6,7 @@ ONNX Runtime (optimisations off) on the other model's tensors, and takes the err
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,6 +96,14 @@ class Parts:
         return found
 
 
+def moved(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array with its axes in the order that gives this shape."""
+    if value.shape == shape:
+        return value
+    orders = itertools.permutations(range(value.ndim))
+    return value.transpose(next(o for o in orders if tuple(value.shape[a] for a in o) == shape))
+
+
 class Oracle:
     """A pair of files in which every Q that is compared stands for a float tensor of its name.
 
@@ -120,11 +129,15 @@ class Oracle:
         for a in result.activations:
             codes = dequantizers.get(a.quantized_name, "")
             self.before[a.name] = quantizers.get(codes, a.quantized_name)
-        # A Q in between may read the same; it is no part of what is cut.
-        relus = {n.output[0]: n for n in float_proto.graph.node if n.op_type in ("Relu", "Clip")}
+        # What a Relu or Clip computes in the one file and something else in the other.
+        rectifiers = ("Relu", "Clip")
+        ops = [
+            {o: n.op_type for n in proto.graph.node for o in n.output}
+            for proto in (float_proto, quantized_proto)
+        ]
         self.rectified = {
             n for n, b in self.before.items()
-            if n in relus and b in (relus[n].input[0], f"{relus[n].input[0]}_x")
+            if ops[0].get(n) in rectifiers and ops[1].get(b) not in rectifiers
         }  # fmt: skip
         self.floats = Parts(float_proto, set(self.before))
         self.quantized = Parts(quantized_proto, set(self.before.values()))
@@ -135,8 +148,11 @@ class Oracle:
     def isolated(self, record: ActivationError) -> float:
         target, pairs = self.before[record.name], []
         for ours, theirs in self.values:
-            given = theirs | {b: ours[n] for n, b in self.before.items()}
-            made = self.quantized.run(target, given)
+            given = theirs | {
+                b: np.ascontiguousarray(moved(ours[n], theirs[b].shape))
+                for n, b in self.before.items()
+            }
+            made = moved(self.quantized.run(target, given), ours[record.name].shape)
             if record.name in self.rectified:
                 made = np.maximum(made, 0)
             pairs.append((ours[record.name], made))
@@ -146,10 +162,15 @@ class Oracle:
         signal = noise = 0.0
         read = {a.name: a.quantized_name for a in self.result.activations}
         for ours, theirs in self.values:
-            given = ours | {n: theirs[after] for n, after in read.items()}
+            given = ours | {
+                n: np.ascontiguousarray(moved(theirs[after], ours[n].shape))
+                for n, after in read.items()
+            }
             made = self.floats.run(record.name, given).astype(np.float64)
-            noise += float(((made - theirs[record.quantized_name]) ** 2).sum())
+            noise += float(((made - moved(theirs[record.quantized_name], made.shape)) ** 2).sum())
             signal += float((ours[record.name].astype(np.float64) ** 2).sum())
+        if not math.isfinite(noise):
+            return math.nan
         return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
@@ -360,13 +381,13 @@ def test_the_isolated_error_of_magika_points_at_the_modules_of_the_shortest_know
     )  # fmt: skip
 
     def rank(own: ActivationError) -> float:
-        value = own.isolated_sqnr_db
-        return math.inf if value is None else -math.inf if math.isnan(value) else value
+        return math.inf if own.isolated_sqnr_db is None else own.isolated_sqnr_db
 
-    worst = [a.node for a in sorted(result.activations, key=rank)[:6]]
-    for module in ("LayerNorm_0/Rsqrt", "ApplyActivation_1/Tanh", "ApplyActivation_1/Mul_3",
-                   "ApplyActivation_1/AddV2"):  # fmt: skip
-        assert any(module in node for node in worst), (module, worst)
+    worst = [a.node.partition("MagikaV2/")[2] for a in sorted(result.activations, key=rank)]
+    assert set(worst[:3]) == {f"ApplyActivation_1/{n}" for n in ("Tanh", "Mul_3", "AddV2")}
+    # Sqrt gives zeros that 1/x makes infinite: only what 1/x adds tells, since it is exact itself.
+    overflowing = [a for a in result.activations if math.isnan(a.added_sqnr_db or 0.0)]
+    assert overflowing[0].node.partition("MagikaV2/")[2] == "LayerNorm_0/Rsqrt__112"
 
 
 @needs_models

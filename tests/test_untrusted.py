@@ -735,6 +735,7 @@ def examples(pairs: Sequence[str]) -> st.SearchStrategy[Example]:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(example=examples(SMALL))

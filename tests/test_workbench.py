@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,29 @@ import onnx
 import pytest
 from onnx import helper
 
-from inspector import workbench
+from inspector import figures, workbench
 from inspector.cli import main as cli_main
+from inspector.compare import compare_models
 from inspector.comparison import Comparison, Pin
 from inspector.errors import Cancelled, FeedError, ModelError, ReportError
 from inspector.feeds import load_feeds
 from inspector.model_files import load_model
-from inspector.render import read_comparison, strict
-from inspector.store import PROFILE_KEY, FeedSource, PairOptions, Workspace, detail_key
+from inspector.render import (
+    comparison_json,
+    find_headline,
+    has_isolated,
+    largest_added_error,
+    read_comparison,
+    strict,
+)
+from inspector.store import (
+    PROFILE_KEY,
+    FeedSource,
+    PairOptions,
+    Workspace,
+    detail_key,
+    isolation_measured,
+)
 from inspector.web import matches
 from tests.samples import (
     MODELS,
@@ -222,6 +238,7 @@ def test_the_same_pair_again_opens_its_latest_run_and_changed_feeds_do_not(tmp_p
     assert len(Workspace(tmp_path / "data").pairs()) == 2
 
 
+@pytest.mark.slow
 def test_freeing_a_node_fully_names_its_neighbours_and_works(tmp_path: Path) -> None:
     loaded = load_detector(tmp_path)
     recipe = Workspace(tmp_path).run(loaded).recipe
@@ -348,6 +365,7 @@ def the_comparison(root: Path, run_id: str) -> Comparison:
     return read_comparison(Workspace(root).comparison(run_id))
 
 
+@pytest.mark.slow
 def test_a_match_set_by_hand_stays_with_the_run_and_with_what_is_made_from_it(
     tmp_path: Path,
 ) -> None:
@@ -619,3 +637,134 @@ def test_a_row_becomes_the_run_with_the_rows_own_figures(tmp_path: Path) -> None
     (output,) = read_comparison(workspace.comparison(made)).outputs
     assert output.deployed_sqnr_db == pytest.approx(best["deployed_sqnr_db"], abs=1e-9)
     assert output.sqnr_db == pytest.approx(best["sqnr_db"], abs=1e-9)
+
+
+# What each node does wrong by itself.
+
+
+def test_isolated_errors_are_measured_later_and_stay_with_the_run(tmp_path: Path) -> None:
+    run_id = load_detector(tmp_path)
+    workspace = Workspace(tmp_path)
+    before, record = the_comparison(tmp_path, run_id), workspace.run(run_id)
+    assert not has_isolated(before)
+    assert not isolation_measured(record)
+    told: list[float] = []
+    assert workbench.isolate(
+        tmp_path, run_id=run_id, progress=lambda fraction, _message: told.append(fraction)
+    ) == run_id  # fmt: skip
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0.0, 1.0)
+    after = the_comparison(tmp_path, run_id)
+    plain = [replace(a, isolated_sqnr_db=None, added_sqnr_db=None) for a in after.activations]
+    rest = comparison_json(replace(after, activations=tuple(plain)), detail=True)
+    assert rest == comparison_json(before, detail=True), "latency and causes among them"
+    assert isolation_measured(workspace.run(run_id))
+    assert workspace.run(run_id).summary["feeds_stamp"] == record.summary["feeds_stamp"]
+
+    float_model = load_model(DETECTOR / "float.onnx")
+    feeds = load_feeds(DETECTOR / "feeds", float_model)
+    direct = compare_models(
+        float_model, load_model(DETECTOR / "quantized.onnx"), feeds, isolated=True,
+        measure_latency=False, explain_deployed=False,
+    )  # fmt: skip
+    assert (
+        workspace.comparison(run_id)["activations"]
+        == (comparison_json(direct, detail=True)["activations"])
+    )
+    assert sum(a.isolated_sqnr_db is not None for a in after.activations) > 30
+    headline = find_headline(after)
+    assert headline == find_headline(before)
+    assert headline.tensor == "output0"
+    assert "/head/Sigmoid_output_0 slice is silent" in headline.sentence
+
+
+def test_measuring_again_computes_nothing(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workbench.isolate(tmp_path, run_id=run_id)
+    stamp = Workspace(tmp_path).comparison_stamp(run_id)
+    assert workbench.isolate(tmp_path, run_id=run_id) == run_id
+    assert Workspace(tmp_path).comparison_stamp(run_id) == stamp
+
+
+def test_matches_set_by_hand_and_isolated_errors_keep_each_other(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    pins = (Pin(float_name="r", quantized_name="odd"),)
+    workbench.rematch(tmp_path, run_id=run_id, pins=pins)
+    assert not has_isolated(the_comparison(tmp_path, run_id))
+    workbench.isolate(tmp_path, run_id=run_id)
+    found = the_comparison(tmp_path, run_id)
+    assert found.pins == Workspace(tmp_path).run(run_id).pins == pins
+    assert has_isolated(found)
+    workbench.rematch(tmp_path, run_id=run_id, pins=())
+    assert the_comparison(tmp_path, run_id).pins == ()
+    assert has_isolated(the_comparison(tmp_path, run_id))
+    assert isolation_measured(Workspace(tmp_path).run(run_id))
+
+
+def test_a_stopped_measurement_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    run_id = load_small(tmp_path)
+    workspace = Workspace(tmp_path)
+    before, record = workspace.comparison(run_id), workspace.run(run_id)
+
+    def stop(fraction: float, _message: str) -> None:
+        if fraction > 0.5:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        workbench.isolate(tmp_path, run_id=run_id, progress=stop)
+    assert workspace.comparison(run_id) == before
+    assert workspace.run(run_id) == record
+
+
+def test_samples_that_calibrated_a_run_are_still_told_apart_after_measuring(tmp_path: Path) -> None:
+    run_id = load_detector(tmp_path)
+    config = Workspace(tmp_path).run(run_id).recipe
+    made = workbench.requantize(tmp_path, run_id=run_id, config=config, exclude=[])
+    freed = workbench.free_in_file(tmp_path, run_id=run_id, exclude=["/head/Concat_3"])
+    for each, seen in ((run_id, "unknown"), (made, "mixed"), (freed, "unknown")):
+        before = the_comparison(tmp_path, each)
+        assert before.seen == seen
+        workbench.isolate(tmp_path, run_id=each)
+        after = the_comparison(tmp_path, each)
+        assert (after.seen, after.outputs) == (seen, before.outputs)
+
+
+def measured(network: str, limit: int | None = None) -> Comparison:
+    folder = MODELS / network
+    float_model = load_model(folder / "model.onnx")
+    return compare_models(
+        float_model, load_model(folder / "ort_static_qdq.onnx"),
+        load_feeds(folder / "inputs", float_model, limit=limit), isolated=True,
+        measure_latency=False, explain_deployed=False,
+    )  # fmt: skip
+
+
+@needs_models
+def test_measured_errors_of_a_healthy_network_accuse_no_carrier() -> None:
+    result = measured("ultraface-rfb320", 2)
+    assert find_headline(result).severity == "fine"
+    record, share = largest_added_error(result)
+    assert record is not None
+    assert record.op_type == "Conv"
+    assert share < 0.01
+    # Transpose and Reshape have less than 25 dB alone, of the Conv before them.
+    picture = figures.cause_map(result)
+    named = [a.text for a in picture.layout.annotations if a.showarrow]
+    assert named
+    for name in named:
+        assert not name.startswith(("Slice", "Transpose", "Reshape", "Concat"))
+    assert "yet the output has" in picture.layout.title.text
+
+
+@needs_models
+@pytest.mark.slow
+def test_measured_errors_of_magika_name_the_nodes_of_the_shortest_known_list() -> None:
+    result = measured("magika")
+    tensor = find_headline(result).tensor
+    assert tensor is not None
+    assert "LayerNorm_0/Rsqrt" in tensor
+    notes = figures.cause_map(result).layout.annotations
+    named = " ".join(a.text for a in notes if a.showarrow)
+    for node in ("LayerNorm_0/Rsqrt", "ApplyActivation_1/Tanh", "ApplyActivation_1/Mul_3",
+                 "ApplyActivation_1/AddV2"):  # fmt: skip
+        assert node in named
