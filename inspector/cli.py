@@ -521,6 +521,11 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
 @click.option(
     "--refuse", multiple=True, metavar="FLOAT", help="This float tensor has no partner (repeat)."
 )
+@click.option(
+    "--isolated",
+    is_flag=True,
+    help="Also the error of each node alone and the error it adds; takes about twice as long.",
+)
 def compare(
     float_model: str,
     quantized_model: str,
@@ -535,6 +540,7 @@ def compare(
     actual: str | None,
     pins: tuple[str, ...],
     refuse: tuple[str, ...],
+    isolated: bool,
     **options: Any,
 ) -> int:
     """Where a quantized model departs from its float model, tensor by tensor."""
@@ -572,6 +578,7 @@ def compare(
             states=carried,
             provider=provider,
             actual=dump,
+            isolated=isolated,
             progress=progress,
         )
     comparison = _with_paths(comparison, float_model, quantized_model)

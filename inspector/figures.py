@@ -499,14 +499,9 @@ def _depth_title(
     broken = _first_break(activations)
     if broken is not None:
         return f"The values stop being finite at {_name(_node(activations[broken]))}"
-    hidden = _hidden_parts(activations)
+    hidden = _hidden_title(comparison)
     if hidden:
-        i = min(hidden, key=lambda i: hidden[i].sqnr_db)
-        part, whole = hidden[i], activations[i]
-        return (
-            f"{_name(whole.name, 20)} hides a part: {_name(part.source, 22)} at "
-            f"{_db(part.sqnr_db)} under {_db(whole.accumulated_sqnr_db)}"
-        )
+        return hidden
     finite = [a for a in activations if not math.isnan(a.accumulated_sqnr_db)]
     if not finite:
         return "No tensor has a finite SQNR"
@@ -854,6 +849,324 @@ def _change_title(before: Comparison, after: Comparison) -> str:
         which = "Worst part"
         ends = [min((p.sqnr_db for p in o.slices), default=o.sqnr_db) for o in (then, worst)]
     return f"{which} goes from {_db(ends[0]).removesuffix(' dB')} to {_db(ends[1])}; {tensors}"
+
+
+# --- cause map -------------------------------------------------------------------------------
+
+_CORNERS = ("its own fault", "carries others' error", "recovers", "fine")
+_MOST_CAUSES, _LEAST_CAUSES = 8, 3
+# Long labels would cover the marks: fewer of them.
+_FEW_CAUSES, _LONG_CAUSE = 4, 30
+# They compute nothing: what they have alone is what quantizing their input costs.
+_MOVERS = frozenset(
+    {"Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements",
+     "GatherND", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split",
+     "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)  # fmt: skip
+# The narrowest plot that rails and labels are laid out for.
+_MAP_WIDTH = 480.0
+
+
+def _isolated(record: ActivationError) -> float:
+    """Its isolated SQNR; of a record that has one."""
+    return math.nan if record.isolated_sqnr_db is None else record.isolated_sqnr_db
+
+
+def _corner(record: ActivationError) -> int:
+    """Which of `_CORNERS`, divided at `_FINE_DB` on both axes; NaN counts as lowest."""
+    right, above = (
+        _sort_key(v) >= _FINE_DB for v in (_isolated(record), record.accumulated_sqnr_db)
+    )
+    return right + 2 * above
+
+
+def _own_db(record: ActivationError) -> float:
+    """The lower of what a node has alone and of what it adds; infinite where neither is known.
+
+    Of a node that only moves values what it adds alone: the rest is its input's.
+    """
+    alone = None if record.op_type in _MOVERS else record.isolated_sqnr_db
+    known = [v for v in (alone, record.added_sqnr_db) if v is not None]
+    return min(map(_sort_key, known), default=math.inf)
+
+
+def _cause_order(at: int, record: ActivationError) -> tuple[float, float, int]:
+    return _own_db(record), _sort_key(record.accumulated_sqnr_db), at
+
+
+def _tail_name(name: str, width: int = 26) -> str:
+    """The end of a path, which tells one node from the next: ``…/LayerNorm_0/Rsqrt``."""
+    if len(name) <= width:
+        return name
+    tail = ""
+    for part in reversed(name.split("/")):
+        if len(part) + len(tail) + 2 > width:
+            break
+        tail = f"/{part}{tail}"
+    return f"…{tail}" if tail else short_name(name, width)
+
+
+def _tail_names(names: Sequence[str]) -> list[str]:
+    """The names' ends, as much longer as keeps different ones apart."""
+    for wide in (26, 34, 42, 50):
+        shown = [_tail_name(name, wide) for name in names]
+        if len(set(shown)) == len(set(names)):
+            break
+    return shown
+
+
+def _cause_verdict(record: ActivationError) -> str:
+    """What a node's three figures say together."""
+    corner, added = _corner(record), record.added_sqnr_db
+    if corner != 1 or added is None or added >= _FINE_DB:
+        return _CORNERS[corner]
+    if math.isnan(added):
+        return "the float node is not finite on what this one reads"
+    return "fine alone; on what it reads, it adds error or its own Q/DQ does"
+
+
+def _cause_hover(record: ActivationError, excluded: bool) -> str:
+    lines = [
+        f"<b>{_told(_node(record))}</b>",
+        f"{_told(record.op_type)} · tensor {_told(record.name)}",
+        f"isolated {_db(record.isolated_sqnr_db)} · added {_db(record.added_sqnr_db)}",
+        f"accumulated {_db(record.accumulated_sqnr_db)} · local {_db(record.local_sqnr_db)}",
+        _cause_verdict(record),
+    ]
+    return "<br>".join([*lines, "left in float"] if excluded else lines)
+
+
+def _hidden_title(comparison: Comparison) -> str:
+    """Says that a Concat hides a lost part; "" where none does."""
+    hidden = _hidden_parts(comparison.activations)
+    if not hidden:
+        return ""
+    i = min(hidden, key=lambda i: hidden[i].sqnr_db)
+    part, whole = hidden[i], comparison.activations[i]
+    return (
+        f"{_name(whole.name, 20)} hides a part: {_name(part.source, 22)} at "
+        f"{_db(part.sqnr_db)} under {_db(whole.accumulated_sqnr_db)}"
+    )
+
+
+def _cause_title(comparison: Comparison, measured: Sequence[ActivationError]) -> str:
+    hidden = _hidden_title(comparison)
+    if hidden:
+        return hidden
+    corners = Counter(map(_corner, measured))
+    end = min((_sort_key(o.sqnr_db) for o in comparison.outputs), default=-math.inf)
+    yet = f", yet the output has {_db(end)}" if end >= _FINE_DB else ""
+    bad = [a for a in measured if _corner(a) == 0 and a.op_type not in _MOVERS]
+    if bad:
+        worst = min(bad, key=lambda a: _sort_key(_isolated(a)))
+        name = _tail_name(_node(worst), 32 if yet else 48)
+        named = f"{_escape(name)}: {_db(_isolated(worst))}"
+        return f"Worst alone is {named}{yet}"
+    if corners[1]:
+        tensors = "1 tensor carries" if corners[1] == 1 else f"{corners[1]} tensors carry"
+        return f"No node is bad alone: {tensors} error from elsewhere{yet}"
+    return f"No tensor is below {_FINE_DB:g} dB in the whole model"
+
+
+class _CausePlot:
+    """The map's frame and its marks, which stand at a tensor's isolated and accumulated SQNR."""
+
+    def __init__(
+        self, activations: Sequence[ActivationError], places: Sequence[int], lows: Sequence[float]
+    ) -> None:
+        self.activations = activations
+        self.x_axis = _DecibelAxis.of([_isolated(activations[i]) for i in places])
+        self.y_axis = _DecibelAxis.of(
+            [*(activations[i].accumulated_sqnr_db for i in places), *lows]
+        )
+
+    def frame(self, figure: go.Figure, dark: bool, counts: Mapping[int, int]) -> None:
+        """Axes, bands, and the four corners with their names."""
+        self.figure, self.dark, self.height = figure, dark, _plot_height(figure)
+        x_axis, y_axis, muted = self.x_axis, self.y_axis, _palette(dark).muted
+        figure.update_layout(shapes=[*y_axis.bands(), *_strip(x_axis)])
+        figure.update_xaxes(**x_axis.layout("isolated SQNR, dB (the node alone)", _MAP_WIDTH))
+        figure.update_xaxes(showgrid=False)
+        figure.update_yaxes(**y_axis.layout("accumulated SQNR, dB", self.height))
+        _level(figure, y_axis.y(_FINE_DB), muted, "dot")
+        line = {"color": muted, "width": 1.25, "dash": "dot"}
+        figure.add_vline(x=x_axis.y(_FINE_DB), line=line)
+        for corner, name in enumerate(_CORNERS):
+            right, above = corner % 2, corner // 2
+            where: dict[str, Any] = {"xshift": 4 - 8 * right, "bgcolor": _CLEAR}
+            where["xanchor"] = ("left", "right")[right]
+            where["yanchor"] = "bottom"  # those of the top above the plot
+            text = f"<b>{name}</b>: {counts.get(corner, 0):,}"
+            _label(figure, dark, text, right, above, font_color=muted, **where)
+
+    def marks(
+        self,
+        name: str,
+        numbers: Sequence[tuple[int, float]],
+        hover: Iterable[str],
+        marker: Mapping[str, Any],
+    ) -> None:
+        """Clickable marks of tensors (position, dB on the y axis)."""
+        records = [self.activations[i] for i, _ in numbers]
+        true: dict[str, Sequence[Any]] = {
+            "x": [a.isolated_sqnr_db for a in records],
+            "y": [db for _, db in numbers],
+            "z": [a.added_sqnr_db for a in records],
+        }
+        x = [self.x_axis.y(_isolated(a)) for a in records]
+        y = [self.y_axis.y(db) for _, db in numbers]
+        picked = _picked([a.name for a in records], hover, true)
+        _add_marks(self.figure, name, x, y, picked, marker=marker)
+
+    def ring(self, i: int) -> None:
+        """Marks the selected tensor."""
+        record, ink = self.activations[i], _palette(self.dark).ink
+        ring = {"symbol": "circle-open", "size": 15, "color": ink, "line": {"width": 2}}
+        x, y = self.x_axis.y(_isolated(record)), self.y_axis.y(record.accumulated_sqnr_db)
+        _decorate(self.figure, "selected", [x], [y], "markers", marker=ring)
+
+    def label(self, spots: Sequence[tuple[int, float, str]]) -> None:
+        """Labels of marks (position, dB, text), each in a row of its own, whatever the width.
+
+        The lowest row is left to the corners' names.
+        """
+        at = [self.y_axis.pixels(db, self.height) for _, db, _ in spots]
+        rows = _spread([pixels - 12 for pixels in at], self.height - 16)
+        middle = sum(self.x_axis.range) / 2
+        for (i, db, text), pixels, row in zip(spots, at, rows, strict=True):
+            x, y = self.x_axis.y(_isolated(self.activations[i])), self.y_axis.y(db)
+            side = 1 if x < middle else -1
+            where = {"ax": 26 * side, "xanchor": "left" if side > 0 else "right"}
+            _pointer(self.figure, self.dark, _escape(text), x, y, ay=row - pixels, **where)
+
+
+def cause_map(
+    comparison: Comparison,
+    dark: bool = False,
+    *,
+    selected: str | None = None,
+    excluded: Collection[str] = (),
+    most: int | None = MAX_POINTS,
+    title: str | None = None,
+) -> go.Figure:
+    """Isolated (x) against accumulated (y) SQNR of every tensor: whose fault an error is.
+
+    Left of 20 dB a node is bad on the float model's own tensors; below, its tensor arrives bad.
+    The four corners are named and counted. A mark's colour is the lower of what its node has alone
+    and what it adds, so that carriers stay pale wherever they lie; a Concat's lost part is a mark
+    of its own. `customdata` of every mark is the tensor's name (the float model's).
+
+    Args:
+        comparison: with isolated errors; without, a sentence says that there are none.
+        dark: for a dark background.
+        selected: the tensor to be marked.
+        excluded: names of the nodes left in float; their marks have a violet rim.
+        most: beyond this many tensors only the worst are drawn; None for no limit.
+        title: replaces the sentence.
+    """
+    activations = comparison.activations
+    places = [i for i, a in enumerate(activations) if a.isolated_sqnr_db is not None]
+    if not places:
+        return _no_causes(comparison, title, dark)
+    records = [activations[i] for i in places]
+    sentence, counts = _cause_title(comparison, records), Counter(map(_corner, records))
+    every = len(places)
+    places.sort(key=lambda i: _cause_order(i, activations[i]))
+    chosen = [i for i in places if activations[i].name == selected]
+    named = _causes([(i, activations[i]) for i in places])
+    measured = set(places)
+    hidden = {i: part for i, part in _hidden_parts(activations).items() if i in measured}
+    told = "blue: lost in this node, alone or by what it adds · yellow: little is"
+    if most is not None and every > most:
+        places = list(dict.fromkeys([*places[:most], *named, *chosen]))
+        hidden = dict(list(hidden.items())[:most])
+        told = f"the worst {len(places):,} of {every:,} are drawn; {told}"
+    plot = _CausePlot(activations, places, [part.sqnr_db for part in hidden.values()])
+    margin, revision = {"r": 16, "t": 62, "b": 44}, f"causes {comparison.float_model.sha256}"
+    figure = _figure(
+        title, sentence, dark, DEPTH_HEIGHT, told, margin=margin, showlegend=False,
+        uirevision=revision,
+    )  # fmt: skip
+    plot.frame(figure, dark, counts)
+    # The worst come last, on top of the others.
+    places.reverse()
+    drawn = [activations[i] for i in places]
+    in_float = [a.node in excluded for a in drawn]
+    violet, rim = _palette(dark).excluded, _fade(_palette(dark).ink, 0.55)
+    line = {
+        "color": [violet if left else rim for left in in_float],
+        "width": [2.0 if left else 0.75 if every <= 400 else 0.25 for left in in_float],
+    }
+    marker = {
+        "size": _dot_size(every) + 1,
+        "symbol": [_cause_symbol(a) for a in drawn],
+        "color": [error_color(_own_db(a)) for a in drawn],
+        "line": line,
+    }
+    hover = [_cause_hover(a, left) for a, left in zip(drawn, in_float, strict=True)]
+    numbers = [(i, activations[i].accumulated_sqnr_db) for i in places]
+    plot.marks("isolated against accumulated", numbers, hover, marker)
+    if hidden:
+        numbers = [(i, part.sqnr_db) for i, part in hidden.items()]
+        fill = [error_color(db) for _, db in numbers]
+        line = {"width": 1, "color": rim}
+        marker = {"symbol": "triangle-down", "size": 12, "color": fill, "line": line}
+        hover = [
+            f"<b>{_told(part.source)}</b><br>part of {_told(activations[i].name)}<br>"
+            f"accumulated {_db(part.sqnr_db)}"
+            for i, part in hidden.items()
+        ]
+        plot.marks("part of a Concat", numbers, hover, marker)
+    for i in chosen:
+        plot.ring(i)
+    spots = [(i, part.sqnr_db, part.source) for i, part in hidden.items()]
+    spots = sorted(spots, key=lambda spot: _sort_key(spot[1]))[:_LEAST_CAUSES]
+    spots += [(i, activations[i].accumulated_sqnr_db, _node(activations[i])) for i in named]
+    texts = _tail_names([name for *_, name in spots[:_MOST_CAUSES]])
+    if max(map(len, texts), default=0) > _LONG_CAUSE:
+        texts = _tail_names([name for *_, name in spots[:_FEW_CAUSES]])
+    plot.label([(i, db, text) for (i, db, _), text in zip(spots, texts, strict=False)])
+    return figure
+
+
+def _no_causes(comparison: Comparison, title: str | None, dark: bool) -> go.Figure:
+    """What stands there where no isolated error is known."""
+    if not comparison.activations:
+        sentence, note = "No cause map: no activation was matched", _NO_TENSOR
+    elif any(a.added_sqnr_db is not None for a in comparison.activations):
+        sentence, note = "No cause map: no node could be run alone", "The table has what each adds."
+    else:
+        sentence = "Where errors begin is not measured yet"
+        note = "Measure it: each node is run alone, on the float model's own tensors."
+    return _nothing(title, sentence, note, dark, DEPTH_HEIGHT)
+
+
+def _causes(ordered: Sequence[tuple[int, ActivationError]]) -> list[int]:
+    """Positions of the nodes to be labelled, of all from the worst on."""
+    spoiled = [(i, a) for i, a in ordered if _sort_key(a.accumulated_sqnr_db) < _FALL_BELOW_DB]
+    bad = [(i, _own_db(a)) for i, a in spoiled[:_MOST_CAUSES]]
+    return [
+        i for at, (i, own) in enumerate(bad)
+        if own < (_FALL_BELOW_DB if at < _LEAST_CAUSES else _FINE_DB)
+    ]  # fmt: skip
+
+
+def _cause_symbol(record: ActivationError) -> str:
+    figures = (record.isolated_sqnr_db, record.added_sqnr_db, record.accumulated_sqnr_db)
+    if any(v is not None and math.isnan(v) for v in figures):
+        return "x"
+    return "diamond" if record.is_output else "circle"
+
+
+def _strip(axis: _DecibelAxis) -> list[dict[str, Any]]:
+    """The error steps as a strip of colours along the x axis."""
+    return [
+        {
+            **band, "xref": "x", "x0": band["y0"], "x1": band["y1"], "yref": "paper",
+            "y0": -0.018, "y1": 0.0, "opacity": 0.55,
+        }
+        for band in axis.bands()
+    ]  # fmt: skip
 
 
 # --- one tensor: histogram, error, map ---------------------------------------------------------
@@ -1815,7 +2128,7 @@ def _cell(value: Any) -> str:
 
 
 def figure_csv(figure: go.Figure) -> str:
-    """The picture's numbers as CSV with a header: trace, x, y, z (maps only) and text.
+    """The picture's numbers as CSV with a header: trace, x, y, z (where there is one) and text.
 
     One row per point, or per cell of a map that holds something. The numbers are the true ones also
     where a point is drawn on a rail; lines that only repeat points are left out.
@@ -1833,9 +2146,11 @@ def figure_csv(figure: go.Figure) -> str:
             rows += [(trace.name, x[j], y[i], z, "") for j, i, z in cells]
             continue
         texts = trace.customdata if trace.customdata is not None else [""] * len(x)
-        for at, value, text in zip(x, y, texts, strict=True):
+        third = true.get("z", [None] * len(x))
+        mapped |= "z" in true
+        for at, value, z, text in zip(x, y, third, texts, strict=True):
             if at is not None and value is not None:
-                rows.append((trace.name, at, value, None, text))
+                rows.append((trace.name, at, value, z, text))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     kept = (0, 1, 2, 3, 4) if mapped else (0, 1, 2, 4)

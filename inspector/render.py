@@ -410,6 +410,7 @@ CSV_COLUMNS = (
     "scope", "fused_into", "model", "deployed_max_steps", "deployed_flips", "deployed_cause",
     "device_name", "samples", "quantization_sqnr_db", "kernel_sqnr_db", "device_sqnr_db",
     "total_sqnr_db", "verdict", "nan", "infinite", "first_sample", "origin",
+    "isolated_sqnr_db", "added_sqnr_db",
 )  # fmt: skip
 # What a spreadsheet takes for a formula at the start of a cell.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -500,13 +501,48 @@ def _noise_share(sqnr_db: float) -> float:
     return 1.0 if sqnr_db <= 0 else math.pow(10.0, -sqnr_db / 10.0)
 
 
+def has_isolated(comparison: Comparison) -> bool:
+    """Whether isolated and added errors were measured, of any activation."""
+    return any(
+        a.isolated_sqnr_db is not None or a.added_sqnr_db is not None
+        for a in comparison.activations
+    )
+
+
 def largest_added_error(comparison: Comparison) -> tuple[ActivationError | None, float]:
     """The activation where most noise enters, and that noise over its own signal, 0..1.
 
-    Two kinds of evidence count: its own Q/DQ makes at least half of its accumulated noise, or its
+    Where added errors were measured, that is the lowest `added_sqnr_db`. Else it is estimated from
+    two kinds of evidence: its own Q/DQ makes at least half of its accumulated noise, or its
     accumulated SQNR is a step below everything computed before it. Carriers of other tensors'
     noise show neither. (None, 0.0) where no tensor does.
     """
+    if any(a.added_sqnr_db is not None for a in comparison.activations):
+        return _most_added(comparison)
+    return _estimated_added(comparison)
+
+
+def _most_added(comparison: Comparison) -> tuple[ActivationError | None, float]:
+    """By what was measured; the first of the graph where several add as much.
+
+    NaN, where the float node gives no finite value for what the quantized node read, counts as all
+    of the signal, but only where the tensor arrives spoiled: masks overflow without harm.
+    """
+    best: ActivationError | None = None
+    lowest = math.inf
+    for record in sorted(comparison.activations, key=lambda a: a.depth):
+        total, added = record.accumulated_sqnr_db, record.added_sqnr_db
+        # Without a signal there is nothing to be relative to.
+        if added is None or added == -math.inf or math.isnan(total) or total == -math.inf:
+            continue
+        if math.isnan(added) and not total < LOOK_DB:
+            continue
+        if _badness(added) < lowest:
+            best, lowest = record, _badness(added)
+    return best, 0.0 if best is None else _noise_share(lowest)
+
+
+def _estimated_added(comparison: Comparison) -> tuple[ActivationError | None, float]:
     best: ActivationError | None = None
     most = 0.0
     lowest = math.inf
@@ -1113,6 +1149,7 @@ def _slice_lines(comparison: Comparison, name_width: int) -> list[str]:
 
 def _activation_lines(comparison: Comparison, top: int, name_width: int) -> list[str]:
     worst = sorted(comparison.activations, key=lambda a: _badness(a.accumulated_sqnr_db))[:top]
+    measured = has_isolated(comparison)
     rows = [
         (
             shorten_name(a.name, name_width),
@@ -1120,12 +1157,14 @@ def _activation_lines(comparison: Comparison, top: int, name_width: int) -> list
             shorten_name(a.dtype, 16),
             format_db(a.accumulated_sqnr_db),
             format_db(a.local_sqnr_db),
+            *((format_db(a.isolated_sqnr_db), format_db(a.added_sqnr_db)) if measured else ()),
             *_channels(a),
             format_percent(a.saturated_fraction),
         )
         for a in worst
     ]
-    header = ("tensor", "op", "type", "accumulated", "local", "worst channel", "median channel",
+    header = ("tensor", "op", "type", "accumulated", "local",
+              *(("isolated", "added") if measured else ()), "worst channel", "median channel",
               "clipped")  # fmt: skip
     title = f"Activations: worst {format_count(len(rows), len(comparison.activations))}"
     return ["", title, *_table(header, rows, left=3)] if rows else []

@@ -425,6 +425,11 @@ def made_by_surgery(run: RunRecord) -> bool:
     return run.summary.get("way") == "surgery"
 
 
+def isolation_measured(run: RunRecord) -> bool:
+    """Its comparison was made with isolated and added errors, whether or not there are any."""
+    return run.summary.get("isolated") is True
+
+
 def detail_key(kind: str, tensor: str, quantized_name: str) -> str:
     """The key under which one pair's values are kept: another partner has other values."""
     return f"{kind}:{tensor}={quantized_name}"

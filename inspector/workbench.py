@@ -69,6 +69,7 @@ from inspector.store import (
     StoredModel,
     Workspace,
     detail_key,
+    isolation_measured,
     made_by_surgery,
     new_id,
     utc_now,
@@ -289,6 +290,7 @@ def _compare(
     seen: Sequence[bool] | None = None,
     pins: Sequence[Pin] = (),
     again: bool = False,
+    isolated: bool = False,
     progress: Progress = no_progress,
 ) -> Comparison:
     """A comparison as the pair's options want it.
@@ -297,6 +299,7 @@ def _compare(
         loaded: `quantized` is the file that the pair was loaded with. Only that one is set beside
             tensors of a device: they were computed by that file.
         again: latency, and what makes the deployed outputs differ, are known already.
+        isolated: with the isolated error of every node and the error it adds.
     """
     options = pair.options
     dump = load_dump(Path(options.device), feeds.names) if loaded and options.device else None
@@ -312,6 +315,7 @@ def _compare(
         actual=dump,
         measure_latency=not again,
         explain_deployed=not again,
+        isolated=isolated,
         progress=progress,
     )
 
@@ -508,27 +512,49 @@ def rematch(
 ) -> str:
     """Compares a run anew with these matches set by hand; its id. The pins stay with the run.
 
-    Latency is not measured again. Where the comparison fails, the run keeps the one it has.
+    Latency is not measured again; isolated errors are where they were before. Where the comparison
+    fails, the run keeps the one it has.
 
     Raises:
         ModelError: a pin names a tensor that is not there, or two that cannot be a pair.
     """
     workspace = Workspace(root)
     run = workspace.run(run_id)
+    isolated = isolation_measured(run)
+    return _compare_anew(workspace, run, pins=pins, isolated=isolated, progress=progress)
+
+
+def isolate(root: Path, *, run_id: str, progress: Progress = no_progress) -> str:
+    """Measures a run's nodes alone, and what each adds; the run's id. The figures stay with it.
+
+    The run is compared anew with all that it had: its matches set by hand, its latency. A run that
+    was measured before stays as it is. Where the comparison fails, the run keeps the one it has.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    if isolation_measured(run):
+        return run.id
+    return _compare_anew(workspace, run, pins=run.pins, isolated=True, progress=progress)
+
+
+def _compare_anew(
+    workspace: Workspace, run: RunRecord, *, pins: Sequence[Pin], isolated: bool, progress: Progress
+) -> str:
+    """Replaces a run's comparison; its id. What takes long and does not change is kept."""
     pair = workspace.pair(run.pair_id)
     progress(0.0, "reading the models")
     float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
     feeds = open_feeds(pair.inputs, float_model)
     seen: Sequence[bool] | None = None
-    if run.number > 0:
+    if run.number > 0 and not made_by_surgery(run):
         config = QuantConfig.from_json(run.recipe)
         split = _split(pair, float_model, feeds, config)
         seen = _seen(config, split.seen)
     comparison = _compare(
         pair, float_model, quantized, feeds, loaded=run.number == 0, seen=seen, pins=pins,
-        again=True, progress=part_of(progress, 0.05, 0.98),
+        again=True, isolated=isolated, progress=part_of(progress, 0.05, 0.98),
     )  # fmt: skip
-    before = read_comparison(workspace.comparison(run_id))
+    before = read_comparison(workspace.comparison(run.id))
     causes = {o.name: o.deployed_cause for o in before.outputs}
     comparison = replace(
         comparison,
@@ -537,7 +563,8 @@ def rematch(
             replace(o, deployed_cause=causes.get(o.name, "")) for o in comparison.outputs
         ),
     )
-    run = replace(run, pins=tuple(pins), summary={**run.summary, **_summary(comparison)})
+    summary = {**run.summary, **_summary(comparison), "isolated": isolated}
+    run = replace(run, pins=tuple(pins), summary=summary)
     workspace.replace_comparison(run, comparison_json(comparison, detail=True))
     progress(1.0, "saved")
     return run.id

@@ -6,9 +6,9 @@ import streamlit as st
 
 from inspector import figures
 from inspector.render import find_headline
-from inspector.web import basis, facts, matches, session, style, tables, times, widgets
+from inspector.web import basis, causes, facts, matches, session, style, tables, times, widgets
 
-PICTURE, TABLE = "depth", "tensors"
+PICTURE, MAP, TABLE = "depth", "causes", "tensors"
 
 # get
 view = session.view()
@@ -29,21 +29,24 @@ widgets.tiles(facts.overview_tiles(view, headline.output))
 parts = facts.uneven(comparison, headline.output)
 left, right = st.columns([1.75, 1], gap="small") if parts else (st.container(), None)
 with left:
-    depth = partial(
-        figures.error_by_depth,
-        comparison,
-        selected=view.tensor,
-        excluded=view.run.exclusions,
-        dark=style.is_dark(),
-    )
-    widgets.picture(
-        depth(),
-        key=PICTURE,
-        name=f"{view.pair.title}-run{view.run.number}-error-by-depth",
-        alt="SQNR of every tensor in topological order; click a point to select its tensor",
-        clickable=True,
-        whole=partial(depth, most=None),
-    )
+    if causes.choice(view) == causes.CAUSES:
+        causes.cause_map(view, key=MAP)
+    else:
+        depth = partial(
+            figures.error_by_depth,
+            comparison,
+            selected=view.tensor,
+            excluded=view.run.exclusions,
+            dark=style.is_dark(),
+        )
+        widgets.picture(
+            depth(),
+            key=PICTURE,
+            name=f"{view.pair.title}-run{view.run.number}-error-by-depth",
+            alt="SQNR of every tensor in topological order; click a point to select its tensor",
+            clickable=True,
+            whole=partial(depth, most=None),
+        )
 if right is not None and parts is not None:
     with right:
         widgets.parts_table(parts)

@@ -56,7 +56,7 @@ with st.expander("All tensors", key="all-tensors", on_change="rerun") as everyth
         st.dataframe(
             tables.shown(frame),
             hide_index=True,
-            column_config=tables.tensor_columns(),
+            column_config=tables.tensor_columns(frame),
             placeholder="–",
         )
 commands = view.run.summary.get("commands", {})

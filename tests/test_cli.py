@@ -878,6 +878,7 @@ def test_a_real_detector_gives_the_known_figure_and_fails_its_gate(run: Run) -> 
     assert "gate failed: output 758 has 10." in err
 
 
+@pytest.mark.slow
 @needs_models
 def test_excluding_on_a_real_detector_is_reproduced_by_the_saved_list(
     run: Run, tmp_path: Path
@@ -1058,3 +1059,31 @@ def test_free_refuses_a_file_without_quantization(run: Run, tmp_path: Path) -> N
     words = ("free", tmp_path / "a.onnx", tmp_path / "b.onnx", "-o", tmp_path / "c.onnx")
     assert_user_error(run(*words, "--exclude", "matmul"), "nothing is quantized in b.onnx")
     assert not (tmp_path / "c.onnx").exists()
+
+
+def test_isolated_adds_two_columns_and_two_figures_per_tensor(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run(*COMPARE)
+    assert code == 0
+    assert "isolated" not in out
+    target = tmp_path / "found.json"
+    code, out, err = run(*COMPARE, "--isolated", "--json", target, "--csv", tmp_path / "found.csv")
+    assert code == 0, err
+    header = next(line for line in out.splitlines() if "accumulated" in line)
+    assert re.search(r"local +isolated +added +worst channel", header)
+    found = json.loads(target.read_text())["activations"]
+    float_model, quantized = load_model("float.onnx"), load_model("int8.onnx")
+    wanted = compare_models(
+        float_model, quantized, load_feeds(Path("inputs"), float_model), isolated=True,
+        measure_latency=False, explain_deployed=False,
+    )  # fmt: skip
+    assert [(a["name"], a["isolated_sqnr_db"], a["added_sqnr_db"]) for a in found] == [
+        (a.name, strict(a.isolated_sqnr_db), strict(a.added_sqnr_db)) for a in wanted.activations
+    ]
+    relu = next(a for a in wanted.activations if a.op_type == "Relu")
+    line = next(line for line in out.splitlines() if " Relu " in line)
+    assert f"{relu.isolated_sqnr_db:.1f} dB" in line
+    assert f"{relu.added_sqnr_db:.1f} dB" in line
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "found.csv").read_text())))
+    assert {r["name"]: r["added_sqnr_db"] for r in rows if r["kind"] == "activation"}[
+        relu.name
+    ] == str(relu.added_sqnr_db)

@@ -998,3 +998,198 @@ def test_a_table_without_a_figure_says_so() -> None:
     assert only.layout.title.text.startswith("The first recipe gives 30.0 dB in 1 ms")
     assert "<b>&lt;b&gt;one" in only.data[1].hovertext[0]
     assert "best, and this run" in {a.text for a in only.layout.annotations}
+
+
+# --- cause map -----------------------------------------------------------------------------------
+
+
+def cause(
+    name: str, isolated: float | None, accumulated: float, added: float | None = 50.0, **more: Any
+) -> ActivationError:
+    given = replace(activation(name, accumulated), isolated_sqnr_db=isolated, added_sqnr_db=added)
+    return replace(given, **more)
+
+
+FOUR = [
+    cause("own", 5.0, 4.0, 12.0),
+    cause("carrier", 35.0, 6.0, INF),
+    cause("good", 40.0, 38.0),
+    cause("better", 8.0, 30.0),
+]
+
+
+def cause_marks(figure: Any) -> dict[str, tuple[float, float, str]]:
+    """By name: where a mark is drawn, and its colour."""
+    own = trace(figure, "isolated against accumulated")
+    return dict(zip(own.customdata, zip(own.x, own.y, own.marker.color, strict=True), strict=True))
+
+
+def test_a_cause_map_puts_isolated_across_accumulated_up_and_names_four_corners() -> None:
+    figure = figures.cause_map(comparison(FOUR, [output("y", 6.0)]))
+    marks = cause_marks(figure)
+    assert {name: mark[:2] for name, mark in marks.items()} == {
+        "own": (5.0, 4.0), "carrier": (35.0, 6.0), "good": (40.0, 38.0), "better": (8.0, 30.0),
+    }  # fmt: skip
+    corners = {a.text: (a.x, a.y) for a in figure.layout.annotations if a.text.startswith("<b>")}
+    assert corners == {
+        "<b>its own fault</b>: 1": (0, 0), "<b>carries others' error</b>: 1": (1, 0),
+        "<b>recovers</b>: 1": (0, 1), "<b>fine</b>: 1": (1, 1),
+    }  # fmt: skip
+    lines = [s for s in figure.layout.shapes if s.type == "line"]
+    assert {(s.x0, s.x1) for s in lines} == {(0, 1), (20.0, 20.0)}
+    assert {s.y0 for s in lines if s.x1 == 1} == {20.0}
+    assert title(figure).startswith("Worst alone is /own/Conv: 5.0 dB<br>")
+
+
+def test_the_colour_of_a_cause_is_what_the_node_does_itself() -> None:
+    late = cause("late", 36.0, 6.0, -3.0)
+    moved = cause("moved", 3.0, 2.0, INF, op_type="Transpose")
+    unknown = cause("unknown", 25.0, 22.0, None)
+    broken = cause("broken", INF, 2.0, NAN)
+    figure = figures.cause_map(comparison([*FOUR, late, moved, unknown, broken]))
+    color = {name: mark[2] for name, mark in cause_marks(figure).items()}
+    assert color["own"] == color["late"] == color["broken"] == figures.ERROR_COLORS[0]
+    assert color["carrier"] == figures.error_color(35.0)
+    assert color["moved"] == figures.ERROR_COLORS[-1], "it moves values and adds nothing"
+    assert color["unknown"] == figures.error_color(25.0)
+    assert "Worst alone is /own/Conv" in title(figure), "not the node that only moves values"
+    told = dict(zip(*(getattr(trace(figure, "isolated against accumulated"), key)
+                      for key in ("customdata", "hovertext")), strict=True))  # fmt: skip
+    assert told["own"].endswith("its own fault")
+    assert told["carrier"].endswith("carries others' error")
+    assert "isolated 36.0 dB · added -3.0 dB" in told["late"]
+    assert told["late"].endswith("it adds error or its own Q/DQ does")
+    assert told["broken"].endswith("the float node is not finite on what this one reads")
+
+
+def test_the_worst_causes_are_labelled_each_in_a_row_of_its_own() -> None:
+    crowd = [cause(f"/block{i}/part", 3.0 + 0.01 * i, 2.0, 5.0) for i in range(20)]
+    figure = figures.cause_map(comparison([*FOUR, *crowd]))
+    named = [a for a in figure.layout.annotations if a.showarrow]
+    assert [a.text for a in named] == [f"//block{i}/part/Conv" for i in range(8)]
+    bottom, top = figure.layout.yaxis.range
+    height = figures._plot_height(figure)
+    rows = sorted((top - a.y) / (top - bottom) * height + a.ay for a in named)
+    assert all(b - a >= 14.9 for a, b in pairwise(rows))
+    assert rows[0] >= 0
+    assert rows[-1] <= height
+
+
+def test_nodes_of_the_same_end_get_labels_that_differ() -> None:
+    alike = [cause(f"/network/stage{i}/depthwise/act", 5.0, 4.0) for i in range(2)]
+    texts = [a.text for a in figures.cause_map(comparison(alike)).layout.annotations if a.showarrow]
+    assert texts == ["…/stage0/depthwise/act/Conv", "…/stage1/depthwise/act/Conv"]
+
+
+def test_of_long_labels_there_are_fewer() -> None:
+    path = "/m/encoder/layer.{}/output/LayerNorm/LayerNormalization"
+    crowd = [cause(f"t{i}", 3.0 + i, 4.0, node=path.format(i)) for i in range(9)]
+    figure = figures.cause_map(comparison(crowd))
+    texts = [a.text for a in figure.layout.annotations if a.showarrow]
+    assert texts == [f"…/layer.{i}/output/LayerNorm/LayerNormalization" for i in range(4)]
+    assert "Worst alone is …/layer.0/output/LayerNorm/LayerNormalization: 3.0 dB" in title(figure)
+
+
+def test_a_healthy_cause_map_accuses_nobody() -> None:
+    fine = comparison([cause("a", 40.0, 35.0), cause("b", 45.0, 33.0)], [output("y", 33.0)])
+    figure = figures.cause_map(fine)
+    assert title(figure).startswith("No tensor is below 20 dB")
+    assert not [a for a in figure.layout.annotations if a.showarrow]
+    carried = comparison([cause("a", 40.0, 15.0, INF)], [output("y", 33.0)])
+    assert title(figures.cause_map(carried)).startswith(
+        "No node is bad alone: 1 tensor carries error from elsewhere, yet the output has 33.0 dB"
+    )
+
+
+def test_a_part_that_a_concat_hides_is_on_the_cause_map() -> None:
+    boxes = SliceError(source="boxes", start=0, stop=4, sqnr_db=31.0, absmax=640.0)
+    scores = SliceError(source="scores", start=4, stop=14, sqnr_db=0.0, absmax=0.9)
+    joined = cause("y", 45.0, 42.0, slices=(boxes, scores), op_type="Concat")
+    figure = figures.cause_map(comparison([*FOUR, joined]))
+    part = trace(figure, "part of a Concat")
+    assert (list(part.customdata), list(part.x), list(part.y)) == (["y"], [45.0], [0.0])
+    assert "scores" in labels(figure)
+    assert "y hides a part: scores at 0.0 dB under 42.0 dB" in title(figure)
+
+
+def test_figures_without_a_place_lie_on_rails_of_the_cause_map() -> None:
+    odd = [cause("exact", INF, 30.0), cause("nan", NAN, NAN), cause("far", 150.0, -60.0)]
+    figure = figures.cause_map(comparison(odd))
+    x = dict(zip(figure.layout.xaxis.ticktext, figure.layout.xaxis.tickvals, strict=True))
+    y = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
+    marks = cause_marks(figure)
+    assert marks["exact"][:2] == (x["exact"], 30.0)
+    assert marks["nan"][:2] == (x["NaN"], y["NaN"])
+    assert marks["far"][:2] == (x[">80"], y["<-20"])
+    low, high = figure.layout.xaxis.range
+    assert low < x["NaN"] < 0 < 50 < x[">80"] < x["exact"] < high
+    assert {(r["text"], r["x"], r["y"], r["z"]) for r in rows(figure)} == {
+        ("exact", "Infinity", "30", "50"), ("nan", "NaN", "NaN", "50"),
+        ("far", "150", "-60", "50"),
+    }  # fmt: skip
+
+
+def test_the_selected_tensor_and_nodes_left_in_float_are_marked_on_the_cause_map() -> None:
+    figure = figures.cause_map(comparison(FOUR), selected="good", excluded=["/better/Conv"])
+    ring = trace(figure, "selected", drawn=True)
+    assert (list(ring.x), list(ring.y)) == ([40.0], [38.0])
+    own = trace(figure, "isolated against accumulated")
+    rims = dict(zip(own.customdata, own.marker.line.color, strict=True))
+    assert [n for n, c in rims.items() if c == "#7c3aed"] == ["better"]
+    unknown = figures.cause_map(comparison(FOUR), selected="nobody")
+    assert "selected" not in [t.name for t in unknown.data]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_cause_map_without_measured_errors_says_what_to_do(dark: bool) -> None:
+    figure = figures.cause_map(comparison(series(30.0, 20.0)), dark)
+    assert title(figure) == "Where errors begin is not measured yet"
+    assert "Measure it" in labels(figure)[0]
+    assert (
+        figure.layout.height
+        == figures.DEPTH_HEIGHT
+        == figures.cause_map(comparison(FOUR)).layout.height
+    )
+    assert figures.figure_csv(figure).strip() == "trace,x,y,text"
+    assert "no activation was matched" in title(figures.cause_map(comparison([])))
+    only_added = figures.cause_map(comparison([cause("a", None, 30.0, 20.0)]))
+    assert "no node could be run alone" in title(only_added)
+
+
+def test_names_on_the_cause_map_are_shown_as_they_are_not_as_markup() -> None:
+    evil = cause("<b>x</b>\u202e", 2.0, 3.0, node="<i>/n&\u202e</i>")
+    figure = figures.cause_map(comparison([evil]), selected=evil.name)
+    own = trace(figure, "isolated against accumulated")
+    texts = [title(figure), *own.hovertext, *labels(figure)]
+    assert not any("<i>" in text or "\u202e" in text for text in texts)
+    assert "&lt;i&gt;" in own.hovertext[0]
+    assert own.customdata[0] == evil.name
+    assert dict(own.meta)["x"] == [2.0]
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.floats(-200, 200) | st.sampled_from([NAN, INF, -INF])] * 3), max_size=12
+    ),
+    st.booleans(),
+)
+def test_a_cause_map_draws_whatever_the_figures_are(
+    numbers: list[tuple[float, float, float]], dark: bool
+) -> None:
+    found = [cause(f"t{i}", *each) for i, each in enumerate(numbers)]
+    figure = figures.cause_map(comparison(found), dark, selected="t0")
+    assert len(rows(figure)) == len(found)
+    figure.to_json()
+
+
+def test_the_worst_of_many_causes_are_drawn_and_said_to_be() -> None:
+    many = [cause(f"t{i}", 10.0 + i / 100, 12.0, 15.0) for i in range(3000)]
+    figure = figures.cause_map(comparison(many), selected="t2999")
+    assert "the worst 2,001 of 3,000 are drawn" in title(figure)
+    marks = cause_marks(figure)
+    assert len(marks) == 2001
+    assert {"t0", "t1999", "t2999"} <= marks.keys()
+    assert "its own fault</b>: 1,000" in " ".join(labels(figure)), "corners count all of them"
+    assert len(rows(figures.cause_map(comparison(many), most=None))) == 3000
+    again = figures.cause_map(comparison(many), selected="t2999")
+    assert again.to_json() == figure.to_json()

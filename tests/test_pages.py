@@ -31,7 +31,7 @@ from inspector.comparison import (
     Unmatched,
 )
 from inspector.errors import Cancelled, ModelError
-from inspector.render import comparison_json, read_comparison
+from inspector.render import comparison_json, format_db, read_comparison
 from inspector.store import PROFILE_KEY, FeedSource, Workspace
 from inspector.web import forms, session, tables, tasks
 from inspector.web.words import md_code, md_text
@@ -274,6 +274,7 @@ def test_a_tick_is_previewed_before_anything_is_quantized(loaded: Workspace) -> 
     assert loaded.runs(loaded.current_pair() or "") == before
 
 
+@pytest.mark.slow
 def test_what_the_preview_said_stands_beside_what_came(loaded: Workspace) -> None:
     test = app("exclusions")
     test.button(key="tick-more-0").click().run()
@@ -314,6 +315,7 @@ def test_a_scheme_that_no_recipe_can_have_is_not_offered_for_the_run(loaded: Wor
     assert test.button(key="lab-use").disabled
 
 
+@pytest.mark.slow
 def test_a_grid_set_by_hand_goes_into_the_next_run(loaded: Workspace) -> None:
     run = last_run(loaded)
     test = app("exclusions", run=run)
@@ -452,6 +454,7 @@ def test_everything_the_figures_leave_out_or_depend_on_is_listed(loaded: Workspa
     assert "→ device 9.5 dB; in all 9.2 dB, most from device" in facts
 
 
+@pytest.mark.slow
 def test_a_run_stored_before_anything_was_counted_still_shows(loaded: Workspace) -> None:
     run = loaded.runs(loaded.current_pair() or "")[0].id
     path = loaded.run_folder(run) / "comparison.json"
@@ -483,6 +486,7 @@ def test_a_match_is_refused_and_taken_back(loaded: Workspace) -> None:
     assert loaded.run(run).pins == ()
 
 
+@pytest.mark.slow
 def test_a_refused_tensor_stays_in_view_with_its_undo(loaded: Workspace) -> None:
     run = loaded.runs(loaded.current_pair() or "")[0].id
     name = "/head/Sigmoid_output_0"
@@ -541,6 +545,7 @@ def test_what_the_figures_rest_on_says_each_thing_once(loaded: Workspace) -> Non
     assert "Observed, float model" in texts(app("tensors", run=run, tensor="output0"))
 
 
+@pytest.mark.slow
 def test_a_tensor_is_pinned_to_another_of_fitting_shape(loaded: Workspace) -> None:
     run = loaded.runs(loaded.current_pair() or "")[0].id
     name = "/head/Sigmoid_output_0"
@@ -891,6 +896,7 @@ def test_recipes_are_tried_in_the_worker_and_stay_when_it_is_stopped(loaded: Wor
     assert re.fullmatch(r"Try the other \d\d", test.button(key="try-recipes").label)
 
 
+@pytest.mark.slow
 def test_the_best_recipe_is_selected_until_another_is_chosen(loaded: Workspace) -> None:
     rows = try_some(loaded)
     test = app("recipes")
@@ -914,6 +920,7 @@ def test_an_unknown_recipe_in_the_address_falls_back_to_the_best(loaded: Workspa
     assert f"Selected: **{rows[0]['label']}**" in words(app("recipes", recipe="<b>nothing</b>"))
 
 
+@pytest.mark.slow
 def test_a_recipe_becomes_the_run(loaded: Workspace) -> None:
     rows = try_some(loaded, 2)
     row = next(each for each in rows if each["recipe"]["per_channel"])
@@ -950,3 +957,99 @@ def test_nodes_are_timed_on_request_and_join_the_table(loaded: Workspace) -> Non
         wanted = took.get(names.get(name, ""))
         assert (micros == pytest.approx(1e6 * wanted)) if wanted else np.isnan(micros)
     assert "time-nodes" not in {each.key for each in test.button}
+
+
+# Where errors begin.
+
+
+def picture_titles(test: AppTest) -> list[str]:
+    specs = [json.loads(each.proto.spec) for each in test.get("plotly_chart")]
+    return [str(spec["layout"]["title"]["text"]) for spec in specs]
+
+
+def test_the_cause_map_is_measured_from_the_overview_and_then_shown(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    test = app("overview", run=run)
+    assert [each.value for each in test.segmented_control if each.label == "Picture"] == [
+        "Along the graph"
+    ]
+    assert not any("isolated" in each.value for each in test.dataframe)
+    test = app(run=run, chart="Cause map")
+    assert "Where errors begin is not measured yet" in picture_titles(test)
+    assert not loaded.run(run).summary.get("isolated")
+
+    test = app("overview", run=run)
+    test.button(key="measure-causes").click().run()
+    assert test.query_params["chart"] in ("Cause map", ["Cause map"])
+    jobs = [job for job in session.active_jobs() if job.title.startswith("Measuring where errors")]
+    assert [job.title for job in jobs] == ["Measuring where errors begin: digit-detector, run 2"]
+    assert f"stop-causes-{jobs[0].id}" in {each.key for each in test.button}
+    assert test.button(key="measure-causes").disabled
+    wait(test, lambda page: any("isolated" in each.value for each in page.dataframe))
+    assert "measure-causes" not in {each.key for each in test.button}
+    assert any("below 20 dB" in each or "alone" in each for each in picture_titles(test))
+    frame = table_of(test, "isolated")
+    known = {a.name: a for a in session.comparison_of(run).activations}
+    rows = dict(
+        zip(frame["name"], zip(frame["isolated"], frame["added"], strict=True), strict=True)
+    )
+    assert len(known) > 30
+    for name, (isolated, added) in rows.items():
+        wanted = (known[name].isolated_sqnr_db, known[name].added_sqnr_db) if name in known else ()
+        for shown, own in zip((isolated, added), wanted, strict=False):
+            assert shown == own or (np.isnan(shown) and (own is None or np.isnan(own)))
+    # Another run of the pair is not measured by that.
+    other = app("overview", run=loaded.runs(loaded.current_pair() or "")[0].id)
+    assert "measure-causes" in {each.key for each in other.button}
+
+
+def test_stopping_the_measurement_leaves_the_empty_map_with_its_button(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    before = loaded.comparison(run)
+    test = app("overview", run=run)
+    test.button(key="measure-causes").click().run()
+    job = next(j for j in session.active_jobs() if j.title.startswith("Measuring"))
+    test.button(key=f"stop-causes-{job.id}").click().run()
+    wait(test, lambda page: not session.active_jobs())
+    test.run()
+    assert "Where errors begin is not measured yet" in picture_titles(test)
+    assert not test.button(key="measure-causes").disabled
+    assert loaded.comparison(run) == before
+
+
+def test_a_tensors_page_tells_its_isolated_and_added_error(loaded: Workspace) -> None:
+    run, tensor = last_run(loaded), "/head/Sigmoid_output_0"
+    plain = app("tensors", run=run, tensor=tensor)
+    assert "isolated" not in words(plain)
+    workbench.isolate(loaded.root, run_id=run)
+    own = next(a for a in session.comparison_of(run).activations if a.name == tensor)
+    assert own.isolated_sqnr_db is not None
+    assert own.added_sqnr_db is not None
+    test = app("tensors", run=run, tensor=tensor)
+    assert f"isolated {format_db(own.isolated_sqnr_db)}" in words(test)
+    assert f"added {format_db(own.added_sqnr_db)}" in words(test)
+    told = wait(test, lambda page: bool(page.table)).table[0].value
+    rows = {
+        label: str(told.loc[label].iloc[0]).replace("\\", "") for label in ("Isolated", "Added")
+    }
+    assert rows["Isolated"] == f"{format_db(own.isolated_sqnr_db)}, the node alone"
+    assert rows["Added"].startswith(format_db(own.added_sqnr_db))
+
+
+def test_hostile_names_are_escaped_on_the_cause_map(empty: Workspace) -> None:
+    run = load_hostile(empty.root)
+    workbench.isolate(empty.root, run_id=run)
+    test = app(run=run, chart="Cause map", tensor=NAMES["r"])
+    specs = [json.loads(each.proto.spec) for each in test.get("plotly_chart")]
+    causes = next(s for s in specs if any("isolated" in str(t.get("name")) for t in s["data"]))
+    shown = [causes["layout"]["title"]["text"], *causes["data"][0]["hovertext"]]
+    shown += [a["text"] for a in causes["layout"]["annotations"]]
+    for text in shown:
+        bare = re.sub(r"</?b>|<br>|</?span[^>]*>", "", text)
+        assert "<" not in bare
+        assert "\u202e" not in text
+        assert "\x1b" not in text
+        assert len(text) < 1500
+    assert NAMES["r"] in causes["data"][0]["customdata"], "a click selects the very tensor"
+    assert test.button
+    assert "measure-causes" not in {each.key for each in test.button}

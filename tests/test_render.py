@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -309,6 +311,78 @@ def test_headline_does_not_accuse_a_healthy_branch_after_a_bad_one() -> None:
     )
     found = render.find_headline(make_comparison(make_output("y", 11.0), activations=activations))
     assert found.tensor == "bad"
+
+
+MEASURED = (
+    # The estimate takes "coarse": its own steps make all of its noise.
+    make_activation("first", 0, 9.0, 30.0, isolated_sqnr_db=4.0, added_sqnr_db=7.0),
+    make_activation("coarse", 1, 8.0, 8.1, isolated_sqnr_db=40.0, added_sqnr_db=8.5),
+    make_activation(
+        "slice", 2, 2.0, None, op_type="Slice", isolated_sqnr_db=3.0, added_sqnr_db=INF
+    ),
+)
+
+
+def culprit(*activations: ActivationError) -> tuple[str | None, float]:
+    record, share = render.largest_added_error(make_comparison(activations=activations))
+    return None if record is None else record.name, share
+
+
+def test_where_added_errors_are_measured_the_headline_names_the_largest() -> None:
+    found = render.find_headline(make_comparison(make_output("y", 5.0), activations=MEASURED[:2]))
+    assert found.tensor == "first"
+    assert "largest error added at /first/Conv (9.0 dB)" in found.sentence
+    name, share = culprit(*MEASURED)
+    assert (name, share) == ("first", pytest.approx(10**-0.7))
+
+
+def test_without_measured_errors_the_culprit_is_estimated_as_before() -> None:
+    plain = [dataclasses.replace(a, isolated_sqnr_db=None, added_sqnr_db=None) for a in MEASURED]
+    assert culprit(*plain)[0] == "slice", "a fall of 6 dB counts as added where nothing is measured"
+    assert culprit(*plain[:2]) == ("coarse", pytest.approx(10**-0.81))
+    assert not render.has_isolated(make_comparison(activations=tuple(plain)))
+    assert render.has_isolated(make_comparison(activations=MEASURED))
+
+
+def test_carriers_that_add_nothing_are_never_the_culprit() -> None:
+    assert culprit(MEASURED[2]) == (None, 0.0)
+    silent = make_activation("silent", 3, -INF, added_sqnr_db=-INF)
+    assert culprit(MEASURED[2], silent) == (None, 0.0), "nothing is relative to no signal"
+
+
+def test_an_added_error_that_is_not_finite_counts_where_the_tensor_arrives_spoiled() -> None:
+    overflow = make_activation("root", 3, -1.1, NAN, isolated_sqnr_db=INF, added_sqnr_db=NAN)
+    assert culprit(*MEASURED, overflow) == ("root", 1.0)
+    mask = make_activation("mask", 3, 60.0, added_sqnr_db=NAN)
+    assert culprit(*MEASURED, mask)[0] == "first"
+    nan = make_activation("nan", 3, NAN, added_sqnr_db=NAN)
+    assert culprit(*MEASURED, nan)[0] == "first"
+
+
+def test_of_several_that_add_as_much_the_first_of_the_graph_is_named() -> None:
+    alike = [make_activation(f"t{depth}", depth, 5.0, added_sqnr_db=4.0) for depth in (7, 3, 5)]
+    assert culprit(*alike)[0] == "t3"
+
+
+def test_the_text_has_columns_for_isolated_and_added_errors_where_they_are_measured() -> None:
+    told = render.comparison_text(make_comparison(activations=MEASURED))
+    header, *lines = [
+        line for line in told.splitlines() if "accumulated" in line or " Conv " in line
+    ]
+    assert re.search(r"local +isolated +added +worst channel", header)
+    assert any(re.search(r"first +Conv .* 30\.0 dB +4\.0 dB +7\.0 dB", line) for line in lines)
+    assert "exact" in next(line for line in told.splitlines() if "Slice" in line)
+    assert "isolated" not in render.comparison_text(make_comparison(activations=CHAIN))
+
+
+def test_csv_and_json_hold_isolated_and_added_errors() -> None:
+    comparison = make_comparison(activations=(*MEASURED, *CHAIN))
+    assert render.CSV_COLUMNS[-2:] == ("isolated_sqnr_db", "added_sqnr_db")
+    rows = list(csv.DictReader(io.StringIO(render.comparison_csv(comparison))))
+    found = [(row["isolated_sqnr_db"], row["added_sqnr_db"]) for row in rows[:4]]
+    assert found == [("4.0", "7.0"), ("40.0", "8.5"), ("3.0", "Infinity"), ("", "")]
+    own = render.comparison_json(comparison)["activations"]
+    assert [a["added_sqnr_db"] for a in own[1:4]] == [8.5, "Infinity", None]
 
 
 def test_headline_says_when_the_error_is_spread_out() -> None:

@@ -263,14 +263,22 @@ def tensor_tiles(record: ActivationError | WeightError) -> list[Tile]:
             ),
         ]
     clipped = record.saturated_fraction
+    local = f"local {format_db(record.local_sqnr_db)}"
+    meaning = (
+        f"{SQNR_MEANING} Accumulated: float model against quantized model, as consumers read it. "
+        "Local: before against after its own Q/DQ."
+    )
+    if record.isolated_sqnr_db is not None or record.added_sqnr_db is not None:
+        local += (
+            f" · isolated {format_db(record.isolated_sqnr_db)} · "
+            f"added {format_db(record.added_sqnr_db)}"
+        )
+        meaning += (
+            " Isolated: the node alone, on the float model's tensors. Added: against the float "
+            "node on the same quantized inputs."
+        )
     return [
-        (
-            "Accumulated SQNR",
-            format_db(record.accumulated_sqnr_db),
-            f"local {format_db(record.local_sqnr_db)}",
-            SQNR_MEANING + " Accumulated: float model against quantized model, as consumers read "
-            "it. Local: before against after its own Q/DQ.",
-        ),
+        ("Accumulated SQNR", format_db(record.accumulated_sqnr_db), local, meaning),
         channel,
         error,
         (

@@ -28,6 +28,7 @@ from inspector.render import (
     format_db,
     format_number,
     group_unmatched,
+    has_isolated,
     printable,
     read_number,
     shorten_name,
@@ -42,7 +43,7 @@ STYLED_ROWS = 600
 MAX_ROWS = 2000
 # Names that are listed in one cell.
 MAX_NAMES = 20
-DECIBELS = ("sqnr", "local", "worst", "part_db", "weight", "before", "after")
+DECIBELS = ("sqnr", "local", "isolated", "added", "worst", "part_db", "weight", "before", "after")
 RECIPE_DECIBELS = ("deployed", "unseen", "simulated", "joined")
 # An empty table has its columns too.
 # fmt: off
@@ -58,6 +59,14 @@ RECIPE_COLUMNS = [
     *("ms", "spread", "mb", "note"),
 ]
 KINDS = ("activation", "weight", "bias")
+ISOLATED_MEANING = (
+    "Of the node alone: it reads the float model's tensors, quantized as it reads them; before the "
+    "output's own Q/DQ."
+)
+ADDED_MEANING = (
+    "What the node adds, with its output's own Q/DQ: against the float node on the same quantized "
+    "inputs. – also where those make the float node give NaN or infinity."
+)
 RULES = {
     "name": "by name",
     "structure": "by structure",
@@ -115,7 +124,8 @@ def tensors(
     """The compared tensors that pass the filters, worst first.
 
     At most `MAX_ROWS`; `attrs["total"]` of the frame is how many pass. With a profile
-    (`workbench.profile_run`) there are columns of times.
+    (`workbench.profile_run`) there are columns of times; with isolated errors (`workbench.isolate`)
+    those and what is added.
     """
     took, took_float = _times(profile, "quantized"), _times(profile, "float")
     passing = [
@@ -125,7 +135,8 @@ def tensors(
         and (not op_type or each.op_type == op_type)
         and (not text or _matches(text, each.name, each.node, each.op_type))
     ]
-    rows = []
+    measured, rows = has_isolated(comparison), []
+    width = 26 if measured or profile is not None else 52
     for each in sorted(passing, key=rank_of)[:MAX_ROWS]:
         sqnr = sqnr_of(each)
         activation = each if isinstance(each, ActivationError) else None
@@ -133,12 +144,14 @@ def tensors(
             {
                 "sign": style.SIGNS[style.severity(rank_of(each))],
                 "name": each.name,
-                "tensor": shorten_name(each.name, 52),
+                "tensor": shorten_name(each.name, width),
                 "kind": kind_of(each),
                 "op": shorten_name(each.op_type, 24),
                 "type": each.dtype,
                 "sqnr": _known(sqnr),
                 "local": _known(activation.local_sqnr_db) if activation else None,
+                "isolated": _known(activation.isolated_sqnr_db) if activation else None,
+                "added": _known(activation.added_sqnr_db) if activation else None,
                 "worst": _known(each.worst_channel_sqnr_db)
                 if each.worst_channel is not None
                 else None,
@@ -151,6 +164,9 @@ def tensors(
             }
         )
     columns = list(TENSOR_COLUMNS)
+    if measured:
+        after = columns.index("local") + 1
+        columns[after:after] = ["isolated", "added"]
     if profile is not None:
         columns[-1:-1] = ["time", "float_time"]
     frame = pd.DataFrame(rows, columns=columns)
@@ -195,6 +211,11 @@ def tensor_facts(record: ActivationError | WeightError, comparison: Comparison) 
             ),
             ("Channels", channels),
         ]
+        if record.isolated_sqnr_db is not None or record.added_sqnr_db is not None:
+            rows += [
+                ("Isolated", f"{format_db(record.isolated_sqnr_db)}, the node alone"),
+                ("Added", f"{format_db(record.added_sqnr_db)}, by the node and its Q/DQ"),
+            ]
         if record.nonfinite_float or record.nonfinite_quantized:
             found = f"float {record.nonfinite_float:,}, quantized {record.nonfinite_quantized:,}"
             rows.append(("NaN or infinite", found))
@@ -217,13 +238,14 @@ def _db(label: str, meaning: str, width: int = 78) -> Any:
     return st.column_config.NumberColumn(label, help=meaning, width=width)
 
 
-def tensor_columns() -> dict[str, Any]:
-    """How the columns of `tensors` are shown."""
+def tensor_columns(frame: pd.DataFrame) -> dict[str, Any]:
+    """How the columns of `tensors` are shown; further ones take their room from the names."""
     text = st.column_config.TextColumn
+    narrow = "isolated" in frame or "time" in frame
     return {
         "sign": text("", width=28, help="● below 10 dB · ▲ below 20 dB · ✓ fine"),
         "name": None,
-        "tensor": text("Tensor", width=285),
+        "tensor": text("Tensor", width=165 if narrow else 285),
         "kind": text("Kind", width=72),
         "op": text("Op", width=72),
         "type": text("Type", width=52, help="Stored as; a float type where it was left in float."),
@@ -233,6 +255,8 @@ def tensor_columns() -> dict[str, Any]:
             "accumulated up to here, as the next node reads it.",
         ),
         "local": _db("Local", "Before against after the tensor's own Q/DQ."),
+        "isolated": _db("Isolated", ISOLATED_MEANING),
+        "added": _db("Added", ADDED_MEANING),
         "worst": _db("Channel", "SQNR of the worst channel."),
         "clipped": st.column_config.NumberColumn(
             "Clipped %", format="%.2f", help="Values outside what scale and zero point can hold."

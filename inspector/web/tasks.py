@@ -83,6 +83,13 @@ def rematch(root: Path, **arguments: Any) -> str:
     return workbench.rematch(root, **arguments)
 
 
+def isolate(root: Path, **arguments: Any) -> str:
+    """The id of the run whose nodes were measured alone. Arguments as `workbench.isolate`."""
+    from inspector import workbench
+
+    return workbench.isolate(root, **arguments)
+
+
 def list_tensors(root: Path, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
     """The tensors that can be matched by hand. Arguments as `workbench.list_tensors`."""
     from inspector import workbench

@@ -565,7 +565,7 @@ def tensor_table(
         tables.shown(frame),
         key=full_key,
         hide_index=True,
-        column_config=columns or tables.tensor_columns(),
+        column_config=columns or tables.tensor_columns(frame),
         on_select=row_chosen,
         selection_mode="single-row",
         height=min(420, 36 + 35 * len(frame)),
