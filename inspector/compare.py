@@ -466,7 +466,11 @@ class _Pass:
         vanishing = {t.before for t in matching.scheme.tensors if t.kind == "activation"}
         vanishing |= matching.scheme.activations_at_run_time
         also = sorted(n for n in vanishing - pairs if n and n in quantized_model.producers)
-        self.runner = PairRunner(float_model, quantized_model, matching, also=also)
+        # Not coded where every tensor is wanted once more (isolated) or looked at in numpy.
+        self.runner = PairRunner(
+            float_model, quantized_model, matching, also=also,
+            coded=in_runtime and not isolated and padding is None,
+        )  # fmt: skip
         self.reducer = Reducer()
         self.in_runtime = in_runtime
         self.isolation: Isolation | None = None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from inspector.matching import ActivationPair, InputConversion, Matching
 from inspector.model import FLOAT_DTYPES, Model
-from inspector.runtime import Feed, Session, Tensors, open_session
+from inspector.runtime import Codes, Feed, Session, Tensors, open_session
 
 # Both models run at the same time where they took longer than this one after the other.
 _WORTH_A_THREAD = 0.01
@@ -33,6 +33,8 @@ class PairRunner:
         matching: of the two.
         pairs: which pairs; all by default.
         also: further tensors of the quantized model to give.
+        coded: hold tensors as 8-bit codes where that is what their DequantizeLinear reads, which
+            takes a quarter of the memory; they are dequantized when they are asked for.
 
     Attributes:
         pairs: those that can be compared.
@@ -52,18 +54,29 @@ class PairRunner:
         matching: Matching,
         pairs: Sequence[ActivationPair] | None = None,
         also: Sequence[str] = (),
+        coded: bool = False,
     ) -> None:
         self.matching = matching
         self._models = (float_model, quantized_model)
         wanted = matching.activations if pairs is None else pairs
+        self._coded: dict[str, Codes] = {}
+        if coded:
+            as_it_is = {*also, *matching.outputs.values(), *(p.before for p in wanted)}
+            for pair in wanted:
+                codes = None if pair.after in as_it_is else _codes(quantized_model, pair.after)
+                if codes is not None:
+                    self._coded[pair.after] = codes
         self._tensors = (
             tuple(p.name for p in wanted),
-            tuple(n for p in wanted for n in (p.before, p.after) if n),
+            tuple(n for p in wanted for n in (p.before, self._as_held(p.after)) if n),
         )
         self.also: tuple[tuple[str, ...], tuple[str, ...]] = ((), tuple(also))
         self._float, self._quantized = self._sessions()
         self._seconds = 0.0
-        self.dtypes = self._float.output_dtypes, self._quantized.output_dtypes
+        self.dtypes = (
+            dict(self._float.output_dtypes),
+            dict.fromkeys(self._coded, "tensor(float)") | dict(self._quantized.output_dtypes),
+        )
         # Without a kernel for half precision the runtime computes in float32 and rounds only what
         # is looked at. Outputs are to be what they are when nobody looks.
         self.rounded = tuple(
@@ -93,6 +106,10 @@ class PairRunner:
             else:
                 self.outputs[name] = other
 
+    def _as_held(self, after: str) -> str:
+        codes = self._coded.get(after)
+        return after if codes is None else codes.tensor
+
     def _sessions(self) -> tuple[Session, Session]:
         first, second = (
             _debug_session(model, (*tensors, *also))
@@ -110,7 +127,7 @@ class PairRunner:
         if side == 0:
             names = [*(p.name for p in self.pairs), *self.outputs]
         else:
-            names = [n for p in self.pairs for n in (p.before, p.after) if n]
+            names = [n for p in self.pairs for n in (p.before, self._as_held(p.after)) if n]
             names += self.outputs.values()
         inputs = {i.name for i in self._models[side].inputs}
         return [n for n in dict.fromkeys((*names, *self.also[side])) if n not in inputs]
@@ -126,7 +143,7 @@ class PairRunner:
         for session, model, name in (
             (self._float, float_model, pair.name),
             (self._quantized, quantized_model, pair.before),
-            (self._quantized, quantized_model, pair.after),
+            (self._quantized, quantized_model, self._as_held(pair.after)),
         ):
             if name and name in session.unreadable:
                 return f"values of type {session.unreadable[name]} are not read"
@@ -167,7 +184,7 @@ class PairRunner:
             if alone is not None:
                 outputs = (tuple(self.outputs), tuple(self.outputs.values()))[side]
                 values |= alone.run(feeds[side], outputs, sample=sample)
-            return Tensors(values)
+            return Tensors(values, self._coded if side else None)
 
         begin = time.perf_counter()
         if self._seconds < _WORTH_A_THREAD:
@@ -179,6 +196,24 @@ class PairRunner:
                 found = side_of(0), other.result()
         self._seconds = time.perf_counter() - begin
         return found
+
+
+def _codes(model: Model, tensor: str) -> Codes | None:
+    """The 8-bit codes that a tensor is dequantized from; None where it is not, or per channel."""
+    node = model.producers.get(tensor)
+    if node is None or (node.op_type, node.domain) != ("DequantizeLinear", ""):
+        return None
+    if len(node.inputs) < 3 or node.attributes.keys() & {"block_size", "output_dtype"}:
+        return None
+    codes, *constants = node.inputs
+    if codes not in model.producers or codes in model.constant_names:
+        return None
+    scale, zero_point = (model.constant(name) for name in constants)
+    if scale is None or zero_point is None or scale.size != 1 or zero_point.size != 1:
+        return None
+    if scale.dtype != np.float32 or zero_point.dtype not in (np.uint8, np.int8):
+        return None
+    return Codes(codes, scale.reshape(()), zero_point.reshape(()))
 
 
 def _debug_session(model: Model, tensors: Sequence[str]) -> Session:

@@ -8,6 +8,7 @@ another execution provider is named; no custom-op libraries.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ _CARRIED = frozenset(
         *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
     )
 )
-_KINDS = {
+_KINDS: dict[np.dtype[Any], str] = {
     np.dtype(np.float32): "tensor(float)",
     np.dtype(np.float64): "tensor(double)",
     **{np.dtype(n): f"tensor({n})" for n in ("float16", "int8", "uint8", "int16", "uint16")},
@@ -251,51 +252,88 @@ class Session:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Where a tensor is held as the 8-bit codes that its DequantizeLinear reads, per tensor.
+
+    Attributes:
+        tensor: the codes.
+        scale: float32, shape ().
+        zero_point: of the codes' type, shape ().
+    """
+
+    tensor: str
+    scale: NDArray[np.float32]
+    zero_point: NDArray[Any]
+
+    def values(self, codes: NDArray[Any]) -> NDArray[np.float32]:
+        """What DequantizeLinear makes of them, bit for bit."""
+        steps = codes.astype(np.int32) - self.zero_point.astype(np.int32)
+        return np.asarray(steps.astype(np.float32) * self.scale)
+
+
 class Tensors(Mapping[str, NDArray[Any]]):
     """Tensors of one run by name, each of which becomes an array only when it is asked for.
 
     Args:
         values: as the runtime holds them, or arrays.
+        coded: further ones that are held as codes among `values`.
     """
 
-    def __init__(self, values: Mapping[str, ort.OrtValue | NDArray[Any]]) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, ort.OrtValue | NDArray[Any]],
+        coded: Mapping[str, Codes] | None = None,
+    ) -> None:
         self._values = dict(values)
+        self._coded = dict(coded or {})
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        value = self._values[name]
+        value = self.held(name)
         if isinstance(value, ort.OrtValue):
             value = value.numpy()
             self._values[name] = value
         return value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        yield from self._values
+        yield from (n for n in self._coded if n not in self._values)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._values.keys() | self._coded.keys())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return name in self._values or name in self._coded
 
     def held(self, name: str) -> ort.OrtValue | NDArray[Any]:
-        """A tensor as it is held."""
+        """A tensor as it is held; one that is held as codes is dequantized."""
+        if name in self._coded and name not in self._values:
+            codes = self._coded[name]
+            self._values[name] = codes.values(self[codes.tensor])
         return self._values[name]
+
+    def codes_of(self, name: str) -> Codes | None:
+        """What a tensor is held as; None where it is held as it is."""
+        return None if name in self._values else self._coded.get(name)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        value = self._values[name]
+        codes = self.codes_of(name)
+        value = self._values[name if codes is None else codes.tensor]
         return tuple(value.shape() if isinstance(value, ort.OrtValue) else value.shape)
 
     def kind_of(self, name: str) -> str:
         """ONNX Runtime's type of a tensor; "" for an array it would not take as it is."""
-        value = self._values[name]
+        value = self.held(name)
         if isinstance(value, ort.OrtValue):
             return str(value.data_type())
         return _KINDS.get(value.dtype, "") if value.dtype.isnative else ""
 
     def keep(self, names: Container[str]) -> None:
         """Lets go of all others."""
-        self._values = {n: v for n, v in self._values.items() if n in names}
+        self._coded = {n: c for n, c in self._coded.items() if n in names}
+        codes = {c.tensor for c in self._coded.values()}
+        self._values = {n: v for n, v in self._values.items() if n in names or n in codes}
 
 
 def _feedable(value: NDArray[Any]) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from inspector.errors import RunError
 from inspector.matching import clip_limits
 from inspector.metrics import ErrorTotals
 from inspector.qparams import FLOAT_CODES, QParams, code_range
-from inspector.runtime import ORT_ERRORS, Tensors
+from inspector.runtime import ORT_ERRORS, Codes, Tensors
 from inspector.watches import SampleSums, TensorWatch
 
 # Elements of one tile: three tensors and two differences of float32 are to stay in a core's cache.
@@ -147,8 +148,10 @@ _CLAMPED = ("x2", "y2", "e2", "p2", "d2", "q_sum", *_QUANTIZED[5:])
 _RECTIFIED = tuple(n for n in _CLAMPED if n != "p_low")
 
 
-def _reducer(kind: str, names: Sequence[str]) -> Any:
+def _reducer(kind: str, names: Sequence[str], codes: int = 0) -> Any:
     """A session that reduces one tile to the figures of these names, one after the other.
+
+    With `codes`, ONNX's number of their type, it reads y as codes, "c", with scale and zero point.
 
     Sums of squares end in "2". x is the float tensor, y the quantized model's as its consumers
     read it, q the one before its Q, p the same clamped where a Relu or Clip was folded into Q,
@@ -199,8 +202,23 @@ def _reducer(kind: str, names: Sequence[str]) -> Any:
         helper.make_tensor(name, TensorProto.INT64, [1], [value])
         for name, value in (("middle", 1), ("last", 2))
     ]
+    return _on_codes(nodes, inputs, codes, axes)
+
+
+def _on_codes(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[str],
+    codes: int,
+    constants: Sequence[onnx.TensorProto] = (),
+) -> Any:
+    """A session whose y is made of codes, where they have a type."""
     kinds = dict.fromkeys(inputs, int(TensorProto.FLOAT))
-    return _session(nodes, kinds, {"figures": TensorProto.FLOAT}, axes)
+    if codes:
+        del kinds["y"]
+        kinds |= {"c": codes, "scale": TensorProto.FLOAT, "zero_point": codes}
+        dequantize = helper.make_node("DequantizeLinear", ["c", "scale", "zero_point"], ["y"])
+        nodes = [dequantize, *nodes]
+    return _session(nodes, kinds, {"figures": TensorProto.FLOAT}, constants)
 
 
 def _clip_counter() -> Any:
@@ -217,18 +235,17 @@ def _clip_counter() -> Any:
     return _session(nodes, kinds, {"figures": TensorProto.FLOAT})
 
 
-def _distance() -> Any:
+def _distance(codes: int) -> Any:
     """The largest |x - y| of one tile."""
     nodes = [
         helper.make_node("Sub", ["x", "y"], ["d"]),
         helper.make_node("Abs", ["d"], ["a"]),
         helper.make_node("ReduceMax", ["a"], ["figures"], keepdims=1),
     ]
-    kinds = dict.fromkeys(("x", "y"), int(TensorProto.FLOAT))
-    return _session(nodes, kinds, {"figures": TensorProto.FLOAT})
+    return _on_codes(nodes, ("x", "y"), codes)
 
 
-def _clamped_distance() -> Any:
+def _clamped_distance(codes: int) -> Any:
     """The largest |clamped q - y| of one tile."""
     nodes = [
         helper.make_node("Clip", ["q", "low", "high"], ["p"]),
@@ -236,8 +253,7 @@ def _clamped_distance() -> Any:
         helper.make_node("Abs", ["d"], ["a"]),
         helper.make_node("ReduceMax", ["a"], ["figures"], keepdims=1),
     ]
-    kinds = dict.fromkeys(("q", "y", "low", "high"), int(TensorProto.FLOAT))
-    return _session(nodes, kinds, {"figures": TensorProto.FLOAT})
+    return _on_codes(nodes, ("q", "y", "low", "high"), codes)
 
 
 def _summer() -> Any:
@@ -280,13 +296,20 @@ def _shape(value: ort.OrtValue | NDArray[Any]) -> tuple[int, ...]:
 
 
 def _bound(
-    session: Any, inputs: Iterable[tuple[str, int, Sequence[int]]], result: tuple[int, Any]
+    session: Any,
+    inputs: Iterable[tuple[str, int, Sequence[int]]],
+    result: tuple[int, Any],
+    codes: Any = np.int8,
 ) -> _Run:
-    """A run of a session, with its inputs and its one output as (address, shape) of float32."""
+    """A run of a session, with its inputs and its one output as (address, shape).
+
+    They are float32, except "c" and "zero_point", which are of the type of the codes.
+    """
     binding = session.io_binding()
     raw = binding._iobinding
     for name, address, shape in inputs:
-        raw.bind_input(name, _CPU, np.float32, shape, address)
+        kind = codes if name in ("c", "zero_point") else np.float32
+        raw.bind_input(name, _CPU, kind, shape, address)
     raw.bind_output("figures", _CPU, np.float32, result[1], result[0])
     return session._sess, raw
 
@@ -300,7 +323,7 @@ def _run_all(runs: Iterable[_Run], _held: Any = None) -> None:
 def _told() -> Iterator[None]:
     try:
         yield
-    except ORT_ERRORS as error:
+    except (*ORT_ERRORS, RuntimeError, MemoryError) as error:
         raise RunError(
             f"the tensors of a sample could not be reduced: {error}",
             hint="Close other programs, or use a machine with more memory.",
@@ -387,6 +410,7 @@ class _Item:
         cut: how they are cut.
         tensors: x, y and q; q None without local error. They are held until they are reduced.
         addresses: of the three, 0 for none.
+        codes: what y is held as; None where it is held as it is.
         names: the figures that are wanted.
     """
 
@@ -399,6 +423,29 @@ class _Item:
     tensors: tuple[Any, Any, Any]
     addresses: tuple[int, int, int]
     names: tuple[str, ...]
+    codes: Codes | None
+
+    @property
+    def code_type(self) -> int:
+        """ONNX's number of the codes' type; 0 without."""
+        if self.codes is None:
+            return 0
+        return int(helper.np_dtype_to_tensor_dtype(self.codes.zero_point.dtype))
+
+    @property
+    def code_dtype(self) -> Any:
+        return np.int8 if self.codes is None else self.codes.zero_point.dtype.type
+
+    def y_inputs(self, address: int, view: Sequence[int]) -> list[tuple[str, int, Sequence[int]]]:
+        """y of one tile, as the sessions take it."""
+        if self.codes is None:
+            return [("y", address, view)]
+        scale, zero_point = self.codes.scale, self.codes.zero_point
+        return [
+            ("c", address, view),
+            ("scale", int(scale.ctypes.data), ()),
+            ("zero_point", int(zero_point.ctypes.data), ()),
+        ]
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -620,8 +667,14 @@ class Reducer:
         if math.prod(reference.shape_of(pair.name)) < FEW:
             return None
         x = self._prepared(reference.held(pair.name), None)
-        y = None if x is None else self._prepared(actual.held(pair.after), pair.permutation)
-        if x is None or y is None:
+        codes = None if pair.permutation is not None else actual.codes_of(pair.after)
+        if x is None:
+            return None
+        if codes is not None:
+            y: Any = actual.held(codes.tensor)
+        else:
+            y = self._prepared(actual.held(pair.after), pair.permutation)
+        if y is None:
             return None
         shape = _shape(x)
         if _shape(y) != shape:
@@ -645,8 +698,18 @@ class Reducer:
         # As many results as elements are no gain: numpy has them at hand.
         if 2 * cut.results * len(names) > math.prod(shape):
             return None
-        addresses = (_address(x), _address(y), _address(q))
-        return _Item(watch, limits, shape, math.prod(shape), axis, cut, (x, y, q), addresses, names)
+        return _Item(
+            watch=watch,
+            limits=limits,
+            shape=shape,
+            size=math.prod(shape),
+            axis=axis,
+            cut=cut,
+            tensors=(x, y, q),
+            addresses=(_address(x), _address(y), _address(q)),
+            names=names,
+            codes=codes,
+        )
 
     def _layout(self, items: list[_Item]) -> _Layout:
         """Results and bindings for these pairs: those of the sample before where they still fit."""
@@ -668,7 +731,9 @@ class Reducer:
             slot.known.clear()
         slot.runs, slot.tiles = slot.known[item.addresses] = [], []
         cut, names = slot.cut, item.names
-        session = self._opened((cut.kind, names), lambda: _reducer(cut.kind, names))
+        kind, number = cut.kind, item.code_type
+        session = self._opened((kind, names, number), lambda: _reducer(kind, names, number))
+        width_of_y = 1 if number else 4
         limits = int(item.limits.memory.ctypes.data)
         x, y, q = item.addresses
         begin = 0
@@ -678,20 +743,19 @@ class Reducer:
             step = max(1, TILE // each)
             for first in range(0, groups, step):
                 own = results[first : first + step]
-                some, offset = len(own), 4 * (begin + first * each)
+                some, place = len(own), begin + first * each
+                offset = 4 * place
                 view = (some, rows, width)
-                inputs: list[tuple[str, int, Sequence[int]]] = [
-                    ("x", x + offset, view),
-                    ("y", y + offset, view),
-                ]
-                tile = (x + offset, y + offset, q + offset if q else 0)
+                tile = (x + offset, y + width_of_y * place, q + offset if q else 0)
+                inputs: list[tuple[str, int, Sequence[int]]] = [("x", tile[0], view)]
+                inputs += item.y_inputs(tile[1], view)
                 slot.tiles.append((tile, some * each, own))
                 if q:
                     inputs.append(("q" if item.limits.clamped else "p", q + offset, view))
                 if "q_sum" in names and names != _RECTIFIED:
                     inputs += [("least", limits, ()), ("most", limits + 4, ())]
                 shape = (some, 1, len(names)) if slot.rows is not None else own.shape
-                run = _bound(session, inputs, (int(own.ctypes.data), shape))
+                run = _bound(session, inputs, (int(own.ctypes.data), shape), item.code_dtype)
                 slot.runs.append(run)
             begin += groups * each
 
@@ -781,23 +845,24 @@ class Reducer:
     def _looked_at(
         self,
         kind: str,
-        make: Callable[[], Any],
+        make: Callable[[int], Any],
         limits: int,
         tiles: Sequence[tuple[_Item, _Tile]],
         figures: int,
     ) -> NDArray[np.float32]:
         """What another session makes of x, y, q and two limits of tiles, (tiles, figures)."""
-        session = self._opened(kind, make)
-        names = [i.name for i in session.get_inputs()]
         found, runs = np.zeros((len(tiles), figures), np.float32), []
         for row, (item, ((x, y, q), size, _)) in zip(found, tiles, strict=True):
+            session = self._opened((kind, item.code_type), partial(make, item.code_type))
             low = int(item.limits.memory.ctypes.data) + 4 * limits
-            known: dict[str, tuple[int, Sequence[int]]] = {
-                "x": (x, (size,)), "y": (y, (size,)), "q": (q, (size,)),
-                "low": (low, ()), "high": (low + 4, ()),
-            }  # fmt: skip
-            inputs = [(n, *known[n]) for n in names]
-            runs.append(_bound(session, inputs, (int(row.ctypes.data), (figures,))))
+            known: list[tuple[str, int, Sequence[int]]] = [
+                ("x", x, (size,)), *item.y_inputs(y, (size,)), ("q", q, (size,)),
+                ("low", low, ()), ("high", low + 4, ()),
+            ]  # fmt: skip
+            names = {i.name for i in session.get_inputs()}
+            inputs = [i for i in known if i[0] in names]
+            result = int(row.ctypes.data), (figures,)
+            runs.append(_bound(session, inputs, result, item.code_dtype))
         self._run(runs, found)
         return found
 
@@ -813,6 +878,8 @@ class Reducer:
             return bool(self._looked_at("far", _distance, 0, tiles, 1).any())
         # Which tile holds which channel is not worth to be known for so rare a case.
         x, y = (_array(t) for t in item.tensors[:2])
+        if item.codes is not None:
+            y = item.codes.values(y)
         same = (x == y).all(axis=tuple(a for a in range(x.ndim) if a != item.axis))
         return bool(((column["e2"][own] == 0) & ~same).any())
 
@@ -828,15 +895,20 @@ class Reducer:
         for owner, (item, slot) in pairs.items():
             high = item.names.index("p_high")
             low = item.names.index("p_low") if "p_low" in item.names else None
-            for tile in slot.tiles:
-                own = tile[2]
-                if own[:, high].max() > item.limits.high or (
-                    low is not None and own[:, low].min() < item.limits.low
-                ):
-                    tiles.append((item, tile))
+            for (x, y, q), size, own in slot.tiles:
+                clipped = own[:, high] > item.limits.high
+                if low is not None:
+                    clipped |= own[:, low] < item.limits.low
+                groups = np.flatnonzero(clipped.reshape(len(own), -1).any(axis=1))
+                if groups.size:
+                    # The groups from the first to the last one with such an element.
+                    each, first = size // len(own), int(groups[0])
+                    place = (x, y, q + 4 * each * first)
+                    count = each * (int(groups[-1]) + 1 - first)
+                    tiles.append((item, (place, count, own)))
                     owners.append(owner)
         found = dict.fromkeys(pairs, (0, 0))
-        counts = self._looked_at("clip", _clip_counter, 2, tiles, 2)
+        counts = self._looked_at("clip", lambda _: _clip_counter(), 2, tiles, 2)
         for owner, (below, above) in zip(owners, counts.astype(np.int64).tolist(), strict=True):
             known = found[owner]
             found[owner] = known[0] + below, known[1] + above

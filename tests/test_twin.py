@@ -22,7 +22,7 @@ from inspector.model import Model
 from inspector.model_files import load_model
 from inspector.pairs import PairRunner
 from inspector.qparams import QParams
-from inspector.runtime import Tensors
+from inspector.runtime import Codes, Tensors
 from inspector.stats import saturated_counts
 from inspector.twin import FEW, TILE, Reducer, clip_ends, cut_of
 from inspector.watches import SampleSums, TensorWatch
@@ -422,12 +422,13 @@ def test_more_real_networks_have_the_same_figures_either_way(
 
 
 @needs_models
-def test_no_tensor_of_a_comparison_becomes_an_array_to_be_reduced() -> None:
+@pytest.mark.parametrize("coded", [False, True])
+def test_no_tensor_of_a_comparison_becomes_an_array_to_be_reduced(coded: bool) -> None:
     folder = MODELS / "fastestdet"
     float_model = load_model(folder / "model.onnx")
     quantized = load_model(folder / "ort_static_qdq.onnx")
     matching = match_tensors(float_model, quantized)
-    runner = PairRunner(float_model, quantized, matching)
+    runner = PairRunner(float_model, quantized, matching, coded=coded)
     feeds = load_feeds(folder / "inputs", float_model, limit=1)
     reference, actual = runner.run_values(feeds[0], "one")
     watches = [TensorWatch(p, float_model) for p in runner.pairs]
@@ -435,8 +436,51 @@ def test_no_tensor_of_a_comparison_becomes_an_array_to_be_reduced() -> None:
     left = {w.pair.name for w in watches} - set(found)
     assert len(found) > 100
     assert len(left) < 10
+    as_codes = {n for n in actual if actual.codes_of(n) is not None}
+    assert len(as_codes) > 100 if coded else not as_codes
     for tensors, inputs in ((reference, matching.inputs), (actual, matching.inputs.values())):
-        assert all(isinstance(tensors.held(n), ort.OrtValue) for n in set(tensors) - set(inputs))
+        names = set(tensors) - set(inputs) - as_codes
+        assert all(isinstance(tensors.held(n), ort.OrtValue) for n in names)
+
+
+@needs_models
+@pytest.mark.parametrize(
+    ("network", "file"),
+    [("fastestdet", "ort_static_qdq.onnx"), ("mlperf-resnet8", "quantized.onnx")],
+)
+def test_tensors_held_as_codes_are_what_dequantize_linear_gives(network: str, file: str) -> None:
+    folder = MODELS / network
+    float_model, quantized = load_model(folder / "model.onnx"), load_model(folder / file)
+    matching = match_tensors(float_model, quantized)
+    feed = load_feeds(folder / "inputs", float_model, limit=1)[0]
+    plain, coded = (
+        PairRunner(float_model, quantized, matching, coded=c).run_values(feed, "one")[1]
+        for c in (False, True)
+    )
+    names = [n for n in coded if coded.codes_of(n) is not None]
+    assert len(names) > 10
+    for name in names:
+        assert coded.shape_of(name) == plain.shape_of(name)
+        assert np.array_equal(coded[name], plain[name])
+        assert coded[name].dtype == plain[name].dtype
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_codes_are_reduced_as_what_they_stand_for(axes: Model, dtype: Any) -> None:
+    qparams = params(0.04, 3, np.dtype(dtype).name)
+    for shape in ((1, 5, 37, 41), (1, 2, TILE), (70, 5, 40)):
+        for q in (floats(shape, 1, 2.0), fake(floats(shape, 1, 2.0), qparams).astype(np.float32)):
+            codes = qparams.quantize(q).astype(dtype)
+            held = Codes("c", np.array(qparams.scale, np.float32), np.array(3, dtype))
+            y = held.values(codes)
+            x = (q + floats(shape, 2, 0.05)).astype(np.float32)
+            watch = TensorWatch(pair("first", qparams), axes)
+            actual = Tensors({"c": codes, "q": q}, {"y": held})
+            found = Reducer().sums([watch], Tensors({"first": x}), actual).get("first")
+            agree(found, x, y, q, 1)
+            assert found is not None
+            assert found.clipped == saturated_counts(q, qparams)
+            assert actual.codes_of("y") is held
 
 
 def test_nan_and_infinity_are_told_of_as_numpy_tells_of_them(tmp_path: Path) -> None:
