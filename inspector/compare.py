@@ -33,9 +33,10 @@ from inspector.content import ELEMENTS, Summary
 from inspector.devices import DeviceWatch, Dump, fitted, match_names
 from inspector.errors import FeedError, ModelError, RunError
 from inspector.feeds import Feeds
-from inspector.folding import DQ, Q, constant_value
+from inspector.folding import constant_value
 from inspector.isolation import Isolation
 from inspector.kernels import find_transformer
+from inspector.layouts import OutputLayouts
 from inspector.matching import (
     Matching,
     Observed,
@@ -47,11 +48,9 @@ from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.nonfinite import NonFiniteTrace, has_nonfinite, nonfinite_warning
 from inspector.padding import Padding
 from inspector.pairs import PairRunner, feed_for_quantized
-from inspector.qparams import QParams
 from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
 from inspector.scheme import COMPUTES_IN_INTEGERS, QuantFormat, quant_formats, stored_values
 from inspector.states import Carried, States, check_states, likely_states
-from inspector.structure import permutation_of
 from inspector.timing import measure_latency as time_sessions
 from inspector.twin import Reducer
 from inspector.watches import (
@@ -488,7 +487,8 @@ class _Pass:
             scale = watch.pair.qparams.scale if watch and watch.pair.qparams else None
             step = float(np.max(scale)) if scale is not None else None
             self.outputs[name] = OutputWatch(name, watch, step, padding)
-        self.layouts = {n: self._layout(n, other) for n, other in self.runner.outputs.items()}
+        compared = {name: watch.pair for name, watch in self.watches.items()}
+        self.layouts = OutputLayouts(quantized_model, matching, self.runner.outputs, compared)
         self.task = TaskWatch(feeds.labels) if feeds.labels else None
         theirs = [(matching.outputs[o], matching.inputs[i]) for o, i in states]
         self.own_state, self.own_deployed = Carried(states), Carried(states)
@@ -618,10 +618,13 @@ class _Pass:
             shipped_float = self.deployed_float.run(own_deployed, sample=name)
             shipped = self.deployed.run(their_deployed, sample=name)
         for output, other in self.runner.outputs.items():
-            self._fit(output, reference[output].shape, actual[other].shape)
-        simulated = {n: self.as_float(n, actual[o]) for n, o in self.runner.outputs.items()}
+            learned = self.layouts.fit(output, reference[output].shape, actual[other].shape)
+            self.warnings += [learned] if learned else []
+        simulated = {n: self.layouts.as_float(n, actual[o]) for n, o in self.runner.outputs.items()}
         deployed = {
-            n: self.as_float(n, shipped[o]) for n, o in self.runner.outputs.items() if o in shipped
+            n: self.layouts.as_float(n, shipped[o])
+            for n, o in self.runner.outputs.items()
+            if o in shipped
         }
         furthest = 0.0
         for output, watch in self.outputs.items():
@@ -669,56 +672,6 @@ class _Pass:
             ]
             if any(further):
                 self.runner.look_at(*further)
-
-    def _layout(self, output: str, other: str) -> tuple[QParams | None, tuple[int, ...] | None]:
-        """How a graph output of the quantized model becomes the float model's.
-
-        Its pair may be a tensor before it: a converter leaves a Transpose at the end.
-        """
-        qparams = next(
-            (t.qparams for t in self.matching.scheme.tensors if t.quantized == other), None
-        )
-        watch = self.watches.get(output)
-        if watch is None:
-            return qparams, None
-        order, tensor = None, other
-        for _ in range(_CHAIN):
-            if tensor == watch.pair.after:
-                return qparams, _then(order, watch.pair.permutation)
-            node = self.quantized_model.producers.get(tensor)
-            if node is None or node.op_type not in ("Transpose", "Identity", "Cast", Q, DQ):
-                break
-            if node.op_type == "Transpose":
-                moved = permutation_of(node, None)
-                if moved is None:
-                    break
-                order = _then(order, tuple(int(a) for a in np.argsort(moved)))
-            tensor = node.inputs[0]
-        return qparams, watch.pair.permutation
-
-    def _fit(self, output: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
-        """Where nothing else says how an output is laid out, its shape may: channels moved."""
-        qparams, order = self.layouts[output]
-        if order is not None or ours == theirs or len(ours) != len(theirs) or len(ours) < 3:
-            return
-        rank = len(ours)
-        moves = ((0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1))
-        fitting = [m for m in dict.fromkeys(moves) if tuple(theirs[a] for a in m) == ours]
-        if len(fitting) == 1:
-            self.layouts[output] = (qparams, fitting[0])
-            self.warnings.append(
-                f"output {output} is {list(theirs)} in the quantized model and {list(ours)} in the "
-                f"float model: its axes are taken in the order {fitting[0]}"
-            )
-
-    def as_float(self, output: str, values: NDArray[Any]) -> NDArray[Any]:
-        """An output of the quantized model as real numbers in the float model's layout."""
-        qparams, order = self.layouts[output]
-        if qparams is not None and values.dtype.kind in "iu":
-            values = qparams.dequantize(values)
-        if order is None or len(order) != values.ndim:
-            return values
-        return values.transpose(order)
 
     def _devices(
         self,
@@ -814,7 +767,7 @@ class _Pass:
         def differs(values: Mapping[str, NDArray[Any]]) -> bool:
             for name in names:
                 watch, before = self.outputs[name], self.furthest_simulated[name]
-                after = self.as_float(name, values[self.runner.outputs[name]])
+                after = self.layouts.as_float(name, values[self.runner.outputs[name]])
                 if watch.steps(watch.apart_by(before, after)) > DIFFERENT_STEPS:
                     return True
                 if watch.flips_between(before, after, self.furthest_rows):
@@ -859,13 +812,6 @@ class _Pass:
             ),
             self.float_model, self.quantized_model, feeds, mask=mask, progress=progress,
         )  # fmt: skip
-
-
-def _then(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """One order of axes for two that are applied one after the other."""
-    if first is None or second is None:
-        return first or second
-    return tuple(first[axis] for axis in second)
 
 
 def _not_comparable(reference: NDArray[Any], actual: NDArray[Any]) -> str:

@@ -44,22 +44,30 @@ class OutputLayouts:
         self._matching = matching
         self._layouts = {n: self._layout(pairs.get(n), other) for n, other in outputs.items()}
 
-    def fit(self, output: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+    def fit(self, output: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
         """Where nothing else says how an output is laid out, its shape may: channels moved.
 
         Args:
             output: the float model's.
             ours: the float model's shape.
             theirs: the quantized model's.
+
+        Returns:
+            A sentence that says what was learned from the shapes; "" for nothing.
         """
         qparams, order = self._layouts[output]
         if order is not None or ours == theirs or len(ours) != len(theirs) or len(ours) < 3:
-            return
+            return ""
         rank = len(ours)
         moves = ((0, rank - 1, *range(1, rank - 1)), (0, *range(2, rank), 1))
         fitting = [m for m in dict.fromkeys(moves) if tuple(theirs[a] for a in m) == ours]
-        if len(fitting) == 1:
-            self._layouts[output] = (qparams, fitting[0])
+        if len(fitting) != 1:
+            return ""
+        self._layouts[output] = (qparams, fitting[0])
+        return (
+            f"output {output} is {list(theirs)} in the quantized model and {list(ours)} in the "
+            f"float model: its axes are taken in the order {fitting[0]}"
+        )
 
     def as_float(self, output: str, values: NDArray[Any]) -> NDArray[Any]:
         """An output of the quantized model as real numbers in the float model's layout.

@@ -213,7 +213,8 @@ def _codes(model: Model, tensor: str) -> Codes | None:
         return None
     if scale.dtype != np.float32 or zero_point.dtype not in (np.uint8, np.int8):
         return None
-    return Codes(codes, scale.reshape(()), zero_point.reshape(()))
+    # Copies: the runtime reads them in place, which a file need not align.
+    return Codes(codes, np.array(scale.reshape(())), np.array(zero_point.reshape(())))
 
 
 def _debug_session(model: Model, tensors: Sequence[str]) -> Session:

@@ -3,8 +3,8 @@
 The two debugging sessions hand their tensors on as they lie in memory to a third session that only
 reduces: no activation becomes an array, and no weight is copied. The third session is one small
 graph for all pairs of a kind. It runs over tiles that fit a core's cache, one tile per thread,
-because every tensor is read several times. Sums are float32 over at most a few thousand elements
-and float64 from there on. What float32 cannot hold (overflow, squares that underflow) is found
+because every tensor is read several times. Sums are float32 over at most 512 elements and float64
+from there on. What float32 cannot hold (overflow, squares that underflow) is found
 afterwards and left to `TensorWatch.add`, which does the same in numpy for everything. Apart from
 `watches`, which runs nothing.
 """
@@ -152,7 +152,6 @@ def _reducer(kind: str, names: Sequence[str], codes: int = 0) -> Any:
     """A session that reduces one tile to the figures of these names, one after the other.
 
     With `codes`, ONNX's number of their type, it reads y as codes, "c", with scale and zero point.
-
     Sums of squares end in "2". x is the float tensor, y the quantized model's as its consumers
     read it, q the one before its Q, p the same clamped where a Relu or Clip was folded into Q,
     e is x - y, d is p - y, ee is e*e.
@@ -470,7 +469,7 @@ class _Slot:
     columns: tuple[NDArray[np.float32], ...]
     runs: list[_Run] = field(default_factory=list)
     tiles: list[_Tile] = field(default_factory=list)
-    known: dict[tuple[int, int, int], tuple[list[_Run], list[_Tile]]] = field(default_factory=dict)
+    known: dict[tuple[int, ...], tuple[list[_Run], list[_Tile]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -723,13 +722,15 @@ class Reducer:
         return layout
 
     def _bind(self, slot: _Slot, item: _Item) -> None:
-        known = slot.known.get(item.addresses)
+        scale = 0 if item.codes is None else int(item.codes.scale.ctypes.data)
+        place_of_all = (*item.addresses, scale)
+        known = slot.known.get(place_of_all)
         if known is not None:
             slot.runs, slot.tiles = known
             return
         if len(slot.known) >= _KNOWN:
             slot.known.clear()
-        slot.runs, slot.tiles = slot.known[item.addresses] = [], []
+        slot.runs, slot.tiles = slot.known[place_of_all] = [], []
         cut, names = slot.cut, item.names
         kind, number = cut.kind, item.code_type
         session = self._opened((kind, names, number), lambda: _reducer(kind, names, number))
@@ -896,9 +897,10 @@ class Reducer:
             high = item.names.index("p_high")
             low = item.names.index("p_low") if "p_low" in item.names else None
             for (x, y, q), size, own in slot.tiles:
-                clipped = own[:, high] > item.limits.high
+                # In float64: a limit rounded to float32 may hide what lies just beyond it.
+                clipped = own[:, high] > np.float64(item.limits.high)
                 if low is not None:
-                    clipped |= own[:, low] < item.limits.low
+                    clipped |= own[:, low] < np.float64(item.limits.low)
                 groups = np.flatnonzero(clipped.reshape(len(own), -1).any(axis=1))
                 if groups.size:
                     # The groups from the first to the last one with such an element.

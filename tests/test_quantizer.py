@@ -27,7 +27,7 @@ from inspector.feeds import load_feeds, random_feeds
 from inspector.indexed_model import IndexedModel
 from inspector.model import Model
 from inspector.model_files import load_model
-from inspector.prepare import prepare
+from inspector.prepare import OLDEST_OPSET, prepare
 from inspector.quantize import extra_options, open_quantizer, quantize_model
 from inspector.quantizer import Plan, Quantizer, UnplannableError, broken_contract
 from inspector.recipe import QuantConfig
@@ -110,16 +110,20 @@ def lists(names: list[str], count: int, seed: int = 0) -> Iterator[list[str]]:
         yield chosen.sample(names, chosen.randint(1, max(1, min(30, len(names) // 2))))
 
 
-def check_grid(name: str, cache: Path, tmp_path: Path, configs: tuple[QuantConfig, ...]) -> int:
+def check_grid(
+    name: str, cache: Path, tmp_path: Path, configs: tuple[QuantConfig, ...], count: int = 2
+) -> int:
     """How many files were the same; a recipe that ONNX Runtime refuses is refused by both."""
     checked = 0
     for config in configs:
         folder = MODELS / name
+        if not config.preprocess and load_model(folder / "model.onnx").opset < OLDEST_OPSET:
+            continue  # is refused before anything is quantized
         quantizer, prepared, ranges = opened(
             folder / "model.onnx", config, cache, folder / "inputs"
         )
         assert prepared.path is not None
-        for exclude in lists([n.name for n in prepared.nodes], 2):
+        for exclude in lists([n.name for n in prepared.nodes], count):
             try:
                 wanted = public(config, prepared.path, ranges, exclude, tmp_path).read_bytes()
             except ValueError:
@@ -169,7 +173,8 @@ def test_the_bytes_are_those_of_quantize_static(name: str, cache: Path, tmp_path
 def test_the_bytes_are_those_of_quantize_static_over_the_whole_grid(
     name: str, cache: Path, tmp_path: Path
 ) -> None:
-    assert check_grid(name, cache, tmp_path, GRID) > len(GRID)
+    count = 1 if name in LONG else 2
+    assert check_grid(name, cache, tmp_path, GRID, count) >= len(GRID)
 
 
 @needs_models

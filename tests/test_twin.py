@@ -38,13 +38,15 @@ def axes(tmp_path_factory: pytest.TempPathFactory) -> Model:
         helper.make_node("Conv", ["x", "w"], ["conv"]),
         helper.make_node("Relu", ["conv"], ["first"], "relu"),
         helper.make_node("Clip", ["conv", "zero", "six"], ["clipped"], "clip"),
+        helper.make_node("Clip", ["conv", "minus_six", "one"], ["both"], "both ends"),
         helper.make_node("Softmax", ["x"], ["last"]),
     ]
     constants = [
         array("w", floats((2, 2, 1, 1))), array("zero", np.float32(0)),
-        array("six", np.float32(6)),
+        array("six", np.float32(6)), array("minus_six", np.float32(-6)),
+        array("one", np.float32(1)),
     ]  # fmt: skip
-    outputs = [(n, None) for n in ("first", "clipped", "last")]
+    outputs = [(n, None) for n in ("first", "clipped", "both", "last")]
     proto = model(nodes, [("x", ["n", 2, "h", "w"])], outputs, constants)
     return load_model(save(proto, tmp_path_factory.mktemp("axes") / "m.onnx"))
 
@@ -191,18 +193,21 @@ def test_a_cut_covers_every_element_once_and_in_its_channel(
 
 
 @pytest.mark.parametrize("size", [FEW, 3 * TILE + 5])
-@pytest.mark.parametrize("rectifier", ["", "relu", "clip"])
+@pytest.mark.parametrize("rectifier", ["", "relu", "clip", "both ends"])
 @pytest.mark.parametrize(
     "qparams",
     [
         params(0.01, 0), params(0.01, 128), params(0.02, -5, "int8"), params(1e-4, 0, "int16"),
-        params(0.03, 0, "float8_e4m3fn"), params(0.05, 200), params(-0.01, 128),
+        params(0.03, 0, "float8_e4m3fn"), params(0.05, 200), params(-0.01, 128), params(0.02, 25),
     ],
 )  # fmt: skip
 def test_clipped_elements_are_counted_at_each_end(
     axes: Model, qparams: QParams, rectifier: str, size: int
 ) -> None:
-    limits = {"": (-math.inf, math.inf), "relu": (0.0, math.inf), "clip": (0.0, 6.0)}[rectifier]
+    limits = {
+        "": (-math.inf, math.inf), "relu": (0.0, math.inf), "clip": (0.0, 6.0),
+        "both ends": (-6.0, 1.0),
+    }[rectifier]  # fmt: skip
     q = floats((1, 1, size), 3, 3.0)
     ends = np.array(clip_ends(qparams))
     # Values at the very limits, and the float32 on either side of them.
@@ -216,6 +221,20 @@ def test_clipped_elements_are_counted_at_each_end(
     agree(found, x, y, real, 1)
     assert found is not None
     assert found.clipped == saturated_counts(real, qparams)
+
+
+def test_an_element_just_beyond_a_limit_that_float32_rounds_to_it_is_counted(axes: Model) -> None:
+    for scale in rng().uniform(0.001, 0.1, 40):
+        qparams = params(float(np.float32(scale)), 7)
+        ends = clip_ends(qparams)
+        beyond = [np.float32(e) for e in ends]
+        q = np.zeros((1, 1, FEW), np.float32)
+        q[0, 0, :2] = beyond
+        y = fake(q, qparams)
+        x = (y + floats(q.shape, 4, 0.01)).astype(np.float32)
+        found = reduced(TensorWatch(pair("first", qparams), axes), x, y, q)
+        assert found is not None
+        assert found.clipped == saturated_counts(q, qparams)
 
 
 def test_a_tensor_that_quantization_leaves_as_it_was_has_no_local_noise(axes: Model) -> None:
@@ -238,11 +257,23 @@ def test_a_channel_of_zeros_has_sums_of_zero(axes: Model) -> None:
     agree(reduced(TensorWatch(pair(), axes), x, y), x, y, None, 1)
 
 
+def test_a_channel_that_is_the_same_in_both_has_no_noise(axes: Model) -> None:
+    x = floats((1, 3, 40, 40))
+    y = (x + floats(x.shape, 1, 0.01)).astype(np.float32)
+    y[:, 2] = x[:, 2]
+    found = reduced(TensorWatch(pair(), axes), x, y)
+    agree(found, x, y, None, 1)
+    assert found is not None
+    assert found.totals.noise[2] == 0
+
+
 @pytest.mark.parametrize("size", [FEW, 2 * TILE])
 @pytest.mark.parametrize(
     "what",
     ["nan", "infinite", "overflows", "underflows", "noise underflows", "far apart", "nan in q",
-     "infinite in q", "local noise underflows", "all gone"],
+     "infinite in q", "local noise underflows", "all gone", "one channel underflows",
+     "few bits of noise", "noise vanishes", "noise of one channel vanishes",
+     "local noise vanishes"],
 )  # fmt: skip
 def test_what_float32_cannot_hold_is_left_to_numpy(axes: Model, what: str, size: int) -> None:
     x = floats((1, 2, size), 1)
@@ -268,6 +299,19 @@ def test_what_float32_cannot_hold_is_left_to_numpy(axes: Model, what: str, size:
     elif what == "local noise underflows":
         x = y = np.full_like(x, 1e-18)
         q, rectifier = np.nextafter(y, np.float32(1)), ""
+    elif what == "few bits of noise":
+        x = np.full_like(x, 2e-15)
+        y = np.nextafter(x, np.float32(1))
+    elif what == "one channel underflows":
+        x[:, 1] = 1e-22
+    elif what.startswith("noise"):
+        # Squares that float32 holds, of errors whose squares it does not.
+        some = slice(None) if what == "noise vanishes" else slice(1, 2)
+        x[:, some] = 3.5e-16
+        y[:, some] = np.nextafter(x[:, some], np.float32(1))
+    elif what == "local noise vanishes":
+        y = np.full_like(y, 3.5e-16)
+        x, q, rectifier = y * np.float32(2), np.nextafter(y, np.float32(1)), ""
     else:
         y = np.zeros_like(y)
     watch = TensorWatch(pair("first", qparams, axes, rectifier), axes)
