@@ -932,15 +932,29 @@ def recipes(
         feeds,
         results,
         planned=rows,
+        seen=split.seen,
         inputs=options["inputs"],
         calibration=options["calibration"],
         float_name=float_model,
+        further=_feed_words(options),
     )
     if json_file:
         _write(json_file, dump_json(table))
     if json_file != "-":
         _print(recipes_text(table))
     return INTERRUPTED if stopped else 0
+
+
+def _feed_words(options: Mapping[str, Any]) -> list[str]:
+    """The options about feeds, but for the paths, as words of a command line."""
+    words: list[str] = []
+    if options["random"]:
+        words += ["--random", str(options["random"]), "--seed", str(options["seed"])]
+    if options["samples"]:
+        words += ["--samples", str(options["samples"])]
+    if options["preprocess"]:
+        words += ["--preprocess", str(options["preprocess"])]
+    return words
 
 
 # ------------------------------------------------------------------------------------- free

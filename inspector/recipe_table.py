@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -821,9 +822,11 @@ def recipes_json(
     *,
     planned: Collection[RecipeRow] = (),
     kept: Sequence[Mapping[str, Any]] = (),
+    seen: Sequence[bool] = (),
     inputs: str | None = None,
     calibration: str | None = None,
     float_name: str = "",
+    further: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The table as values that `render.strict` takes: format "quant-inspector/recipes".
 
@@ -836,7 +839,9 @@ def recipes_json(
         results: as they came; of two of one recipe the later counts.
         planned: all rows; those without a result are there with the state "waiting".
         kept: rows of an earlier table of the same model and feeds.
+        seen: for each feed whether it was used in calibration.
         inputs, calibration, float_name: paths for the command that makes the best one.
+        further: its further words, e.g. how many samples were taken.
     """
     found = {
         recipe_key(r.config.to_json()): {**RecipeResult(row=r).to_json(), "state": "waiting"}
@@ -858,6 +863,9 @@ def recipes_json(
             inputs=inputs,
             calibration=calibration,
         )
+        command = " ".join([command, *map(shlex.quote, further)])
+    static = any(row["recipe"].get("format") != "dynamic" for row in rows)
+    used = sum(seen) if static else 0
     return {
         "format": RECIPES_FORMAT,
         "version": RECIPES_VERSION,
@@ -869,6 +877,7 @@ def recipes_json(
         },
         "samples": len(feeds),
         "random_feeds": feeds.random,
+        "seen_samples": used,
         "rows": rows,
         "command": command,
     }

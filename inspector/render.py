@@ -1362,7 +1362,12 @@ def recipes_text(table: Mapping[str, Any]) -> str:
     done = [r for r in rows if r["state"] == "done"]
     labelled = any(r["task"] for r in done)
     unseen = any(r["unseen_sqnr_db"] is not None for r in done)
-    kind = "random feeds, no data" if table["random_feeds"] else "unseen: not used in calibration"
+    used = table.get("seen_samples", 0)
+    kind = f"{used} of them seen in calibration" if used else "unseen: not used in calibration"
+    if used == table["samples"]:
+        kind = "all seen in calibration"
+    if table["random_feeds"]:
+        kind = "random feeds, no data"
     lines = [recipe_finding(table), "", f"  {_count(table['samples'], 'sample')}, {kind}"]
     lines.append("  SQNR: of the lowest output, pooled over samples; higher is better")
     joined = any(r.get("worst_part_sqnr_db") is not None for r in done)

@@ -42,7 +42,9 @@ _COLUMN = 32
 # Rows shorter than this are better summed as columns.
 _SHORT = 16
 # Tensors smaller than this are not worth a run of a session: numpy takes as long, in float64.
-FEW = 4096
+FEW = 8192
+# The same for a tensor whose shape is not the last sample's: everything is bound anew.
+RAGGED = 65536
 # Places of a tensor that bindings are kept for.
 _KNOWN = 4
 # A sum of squares is trusted where the mean square is above this: float32's smallest normal number
@@ -584,6 +586,7 @@ class Reducer:
         self._sessions: dict[Any, Any] = {}
         self._layouts: dict[tuple[str, ...], _Layout] = {}
         self._limits: dict[str, _Limits] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def close(self) -> None:
         """Ends the threads."""
@@ -633,9 +636,10 @@ class Reducer:
     ) -> dict[str, SampleSums]:
         """What one sample adds to each pair, by its name, for those that can be reduced here.
 
-        Left out, for `TensorWatch.add`: small tensors, pairs under a mask, of integers, of other
-        types than float32 and float16, with scales per channel or several Q/DQ pairs in a row, of
-        different shapes, with NaN or infinity, and those whose squares float32 cannot hold.
+        Left out, for `TensorWatch.add`: small tensors (ragged ones sooner), pairs under a mask, of
+        integers, of other types than float32 and float16, with scales per channel or several Q/DQ
+        pairs in a row, of different shapes, with NaN or infinity, and those whose squares float32
+        cannot hold.
 
         Args:
             watches: of the pairs.
@@ -663,7 +667,11 @@ class Reducer:
         pair = watch.pair
         if pair.name not in reference or pair.after not in actual or not watch.reducible:
             return None
-        if math.prod(reference.shape_of(pair.name)) < FEW:
+        shape = reference.shape_of(pair.name)
+        size = math.prod(shape)
+        last = self._shapes.setdefault(pair.name, shape)
+        self._shapes[pair.name] = shape
+        if size < (FEW if last == shape else RAGGED):
             return None
         x = self._prepared(reference.held(pair.name), None)
         codes = None if pair.permutation is not None else actual.codes_of(pair.after)
@@ -675,7 +683,6 @@ class Reducer:
             y = self._prepared(actual.held(pair.after), pair.permutation)
         if y is None:
             return None
-        shape = _shape(x)
         if _shape(y) != shape:
             return None
         q = None
@@ -695,13 +702,13 @@ class Reducer:
         names = _PAIR if q is None else limits.names
         cut = cut_of(shape, axis)
         # As many results as elements are no gain: numpy has them at hand.
-        if 2 * cut.results * len(names) > math.prod(shape):
+        if 2 * cut.results * len(names) > size:
             return None
         return _Item(
             watch=watch,
             limits=limits,
             shape=shape,
-            size=math.prod(shape),
+            size=size,
             axis=axis,
             cut=cut,
             tensors=(x, y, q),

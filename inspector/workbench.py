@@ -559,6 +559,11 @@ def _compare_anew(
     comparison = replace(
         comparison,
         latency=before.latency,
+        # What makes deployed outputs differ is known already, and so is the sentence that says it.
+        warnings=tuple(
+            next((told for told in before.warnings if told.startswith(f"{w}; ")), w)
+            for w in comparison.warnings
+        ),
         outputs=tuple(
             replace(o, deployed_cause=causes.get(o.name, "")) for o in comparison.outputs
         ),
@@ -1124,6 +1129,7 @@ def try_recipes(
     def save() -> list[dict[str, Any]]:
         table = recipes_json(
             float_model, feeds, results, planned=planned.values(), kept=kept, float_name=shown,
+            seen=split.seen,
             inputs=_command_path(pair.inputs), calibration=_command_path(pair.calibration),
         )  # fmt: skip
         workspace.save_recipes(pair.id, strict({**table, "feeds_stamp": stamp}))

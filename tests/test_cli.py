@@ -944,6 +944,19 @@ def test_recipes_are_a_table_best_first_with_the_command_that_makes_the_best(
     assert command.startswith("quant-inspector quantize float.onnx -o ")
 
 
+def test_recipes_say_what_calibrated_and_how_many_samples_were_taken(
+    run: Run, tmp_path: Path
+) -> None:
+    target = tmp_path / "table.json"
+    code, out, _ = run(*RECIPES, "--most", "1", "--samples", "2", "--json", target)
+    assert code == 0
+    # Fewer than eight samples calibrate and are compared.
+    assert "2 samples, all seen in calibration" in out
+    table = json.loads(target.read_text(encoding="utf-8"))
+    assert (table["samples"], table["seen_samples"]) == (2, 2)
+    assert table["command"].endswith(" --samples 2")
+
+
 def test_a_recipes_figures_are_those_of_compare_for_its_file(run: Run, tmp_path: Path) -> None:
     folder, target = tmp_path / "kept", tmp_path / "table.json"
     assert run(*RECIPES, "--most", "2", "--keep", folder, "--json", target)[0] == 0

@@ -281,7 +281,7 @@ def test_what_the_preview_said_stands_beside_what_came(loaded: Workspace) -> Non
     wait(test, lambda page: "Preview: 4 nodes in float" in words(page))
     test.button(key="requantize").click().run()
     wait(test, lambda page: "4 nodes left in float" in words(page) and "run" in page.query_params)
-    assert re.search(r"run 1 → run \d+; preview \d+\.\d dB, as it came", words(test))
+    assert re.search(r"run 1 → run \d+; preview \d+\.\d dB, confirmed", words(test))
 
 
 def lab(test: AppTest) -> AppTest:

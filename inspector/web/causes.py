@@ -26,7 +26,8 @@ def choice(view: View) -> str:
         chosen = st.segmented_control(
             "Picture",
             (BY_DEPTH, CAUSES),
-            default=BY_DEPTH,
+            # With a value of its own in the session, a default would be said twice.
+            default=None if _CHOICE in st.session_state else BY_DEPTH,
             key=_CHOICE,
             bind="query-params",
             label_visibility="collapsed",

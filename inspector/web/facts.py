@@ -503,7 +503,8 @@ def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> l
 
 def _changed_tile(found: Mapping[str, Any]) -> Tile:
     """What changes in the graph; surgery tells of weights only."""
-    weights = f"{len(found['float_weights'])} weights"
+    number = len(found["float_weights"])
+    weights = "1 weight" if number == 1 else f"{number} weights"
     if not (found["freed"] or found["added"] or found["regridded"]) and found["float_weights"]:
         return ("Back in float", weights, "every other scale stays", "")
     parts = [
@@ -532,4 +533,4 @@ def agreement(run: RunRecord) -> str:
     before, after = min(pairs, key=lambda pair: pair[1])
     same = all(a == b or abs(a - b) < 0.005 for a, b in pairs)
     said = f"preview {format_db(before)}"
-    return f"{said}, as it came" if same else f"{said}, came {format_db(after)}"
+    return f"{said}, confirmed" if same else f"{said}, came {format_db(after)}"

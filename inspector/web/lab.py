@@ -180,6 +180,8 @@ def _override(view: View, trial: lab.Trial) -> tuple[dict[str, Any] | None, str]
     own = str(recipe.get("weight_type" if weight else "activation_type"))
     if trial.quant_type != own:
         return None, f"the recipe stores it as {own}, this is {trial.quant_type}"
+    if trial.scale == record.scale and trial.zero_point == record.zero_point:
+        return None, "this is the grid that the run has"
     entry = {
         "tensor": record.name,
         "quant_type": trial.quant_type,

@@ -425,7 +425,7 @@ def ask(
     if now.state in ACTIVE:
         return Answer(job=now)
     if now.state == "cancelled":
-        del answers[key]
+        answers.pop(key, None)
         return Answer(error=InspectorError(f"Stopped: {now.title}.", hint="Ask again."))
     answer = Answer(value=now.result, error=now.error)
     answers[key] = answer
@@ -503,7 +503,7 @@ def _drop(key: tuple[Hashable, ...]) -> None:
         role, job_id = entry.split(":", 1)
         if _worker(role).status(job_id).state == "queued":
             _worker(role).cancel(job_id)
-            del _answers()[key]
+            _answers().pop(key, None)
 
 
 def forget_tensor(view: View) -> None:
