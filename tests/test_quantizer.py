@@ -173,8 +173,10 @@ def test_the_bytes_are_those_of_quantize_static(name: str, cache: Path, tmp_path
 def test_the_bytes_are_those_of_quantize_static_over_the_whole_grid(
     name: str, cache: Path, tmp_path: Path
 ) -> None:
+    # The largest takes as long as all others together.
+    configs = GRID[:3] if name == "minilm-l6" else GRID
     count = 1 if name in LONG else 2
-    assert check_grid(name, cache, tmp_path, GRID, count) >= len(GRID)
+    assert check_grid(name, cache, tmp_path, configs, count) >= len(configs)
 
 
 @needs_models
