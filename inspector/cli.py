@@ -155,6 +155,29 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return add
 
 
+# How both models are run.
+_RUNS = _options(
+    click.option(
+        "--mask",
+        default="",
+        metavar="INPUT",
+        help="Positions where this input is 0 are padding and do not count.",
+    ),
+    click.option(
+        "--state",
+        "states",
+        multiple=True,
+        metavar="OUTPUT=INPUT",
+        help="Feed this output back into this input from sample to sample (repeat).",
+    ),
+    click.option(
+        "--provider",
+        metavar="NAME",
+        default="CPUExecutionProvider",
+        show_default=True,
+        help="ONNX Runtime's execution provider of the deployed runs.",
+    ),
+)
 _FEEDS = _options(
     click.option(
         "--inputs",
@@ -488,26 +511,7 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
 @click.option(
     "--simulated", is_flag=True, help="--fail-under judges outputs with optimisations off."
 )
-@click.option(
-    "--mask",
-    default="",
-    metavar="INPUT",
-    help="Positions where this input is 0 are padding and do not count.",
-)
-@click.option(
-    "--state",
-    "states",
-    multiple=True,
-    metavar="OUTPUT=INPUT",
-    help="Feed this output back into this input from sample to sample (repeat).",
-)
-@click.option(
-    "--provider",
-    metavar="NAME",
-    default="CPUExecutionProvider",
-    show_default=True,
-    help="ONNX Runtime's execution provider of the deployed run.",
-)
+@_RUNS
 @click.option(
     "--actual", metavar="DIR", help="Tensors dumped from a device, to put beside these figures."
 )
@@ -838,26 +842,7 @@ def quantize(
     help="Try N recipes at most, the most promising first.",
 )
 @click.option("--keep", metavar="FOLDER", help="Keep the models, one file per recipe.")
-@click.option(
-    "--mask",
-    default="",
-    metavar="INPUT",
-    help="Positions where this input is 0 are padding and do not count.",
-)
-@click.option(
-    "--state",
-    "states",
-    multiple=True,
-    metavar="OUTPUT=INPUT",
-    help="Feed this output back into this input from sample to sample (repeat).",
-)
-@click.option(
-    "--provider",
-    metavar="NAME",
-    default="CPUExecutionProvider",
-    show_default=True,
-    help="ONNX Runtime's execution provider of the deployed runs.",
-)
+@_RUNS
 @_JSON
 def recipes(
     float_model: str,

@@ -82,7 +82,7 @@ OBSERVED_SAMPLES = 3
 # better than it by the second.
 BROKEN_DB = 10.0
 HEALTHIER_DB = 15.0
-# Nodes between a graph output and the tensor that it stands for.
+# Nodes behind a weight's own that are looked at for what they compute.
 _CHAIN = 8
 
 # -- weights -----------------------------------------------------------------------------------

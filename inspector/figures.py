@@ -1362,13 +1362,27 @@ def histogram(
         for end, (limit, share) in enumerate(zip(limits, shares, strict=True)):
             if view[0] <= limit <= view[1]:
                 figure.add_vline(x=limit, line={"color": colors.quantized, "width": 1.5})
-            before, after = "◀ " * (limit < view[0]), " ▶" * (limit > view[1])
-            text = f"{('from', 'to')[end]} {_real(limit)}: {_percent(share)} clipped"
-            color = colors.ink if share else colors.muted
-            where = {"xanchor": ("left", "right")[end], "yanchor": "bottom", "font_color": color}
-            _label(figure, dark, f"{before}{text}{after}", end, 1, **where)
+            _label_end(figure, dark, end, ("from", "to")[end], limit, share, view)
     _add_outside(figure, outside, edges, dark)
     return figure
+
+
+def _label_end(
+    figure: go.Figure,
+    dark: bool,
+    end: int,
+    word: str,
+    limit: float,
+    share: float,
+    view: tuple[float, float],
+) -> None:
+    """Writes an end of a range into its corner: the limit, what is clipped, and which way it is."""
+    colors = _palette(dark)
+    before, after = "◀ " * (limit < view[0]), " ▶" * (limit > view[1])
+    text = f"{before}{word} {_real(limit)}: {_percent(share)} clipped{after}"
+    color = colors.ink if share else colors.muted
+    side = ("left", "right")[end]
+    _label(figure, dark, text, end, 1, xanchor=side, yanchor="bottom", font_color=color)
 
 
 def error_histogram(
@@ -2027,11 +2041,7 @@ def lab_figure(
             veil = {"fillcolor": _fade(colors.accent, 0.1), "line_width": 0, "layer": "below"}
             figure.add_vrect(x0=min(outer, handle), x1=max(outer, handle), **veil)
             figure.add_vline(x=handle, line={"color": colors.accent, "width": 2})
-        before, after = "◀ " * (handle < view[0]), " ▶" * (handle > view[1])
-        text = f"{('low', 'high')[end]} {_real(handle)}: {_percent(share)} clipped"
-        color = colors.ink if share else colors.muted
-        where = {"xanchor": ("left", "right")[end], "yanchor": "bottom", "font_color": color}
-        _label(figure, dark, f"{before}{text}{after}", end, 1, **where)
+        _label_end(figure, dark, end, ("low", "high")[end], handle, share, view)
     _add_outside(figure, outside, edges, dark)
     return figure
 

@@ -71,52 +71,18 @@ def find_by_name(name: str, items: Any) -> Any:
     return quant_utils.find_by_name(name, items)
 
 
-class IndexedModel:
-    """What the quantizer asks of its `ONNXModel`, answered from an index.
+class _Lookups:
+    """What both models answer alike."""
 
-    No subclass: a method that is not here must fail and not read a graph that nobody edits.
-
-    Attributes:
-        model: the proto without nodes and initializers until `build`.
-    """
-
-    replace_node_input = staticmethod(ONNXModel.replace_node_input)
-
-    def __init__(self, source: LoadedModel) -> None:
+    def __init__(self, source: LoadedModel, initializers: Initializers) -> None:
         self._source = source
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(source.shell)
-        self._nodes: list[onnx.NodeProto] = []
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        self._makers: dict[str, list[onnx.NodeProto]] = {}
-        for node in source.nodes:
-            own = onnx.NodeProto()
-            own.CopyFrom(node)
-            self._append(own)
-        self._initializers = Initializers(source.initializers)
-
-    def _append(self, node: onnx.NodeProto) -> None:
-        self._nodes.append(node)
-        for name in node.input:
-            if name:
-                self._readers.setdefault(name, []).append(node)
-        for name in node.output:
-            if name:
-                self._makers.setdefault(name, []).append(node)
-
-    # Looking
-
-    def nodes(self) -> list[onnx.NodeProto]:
-        return self._nodes
+        self._initializers = initializers
 
     def initializer(self) -> Initializers:
         return self._initializers
 
     def get_initializer(self, name: str) -> onnx.TensorProto | None:
         return self._initializers.find(name)
-
-    def input_name_to_nodes(self) -> dict[str, list[onnx.NodeProto]]:
-        return self._readers
 
     def is_graph_output(self, name: str) -> bool:
         return name in self._source.output_names
@@ -132,6 +98,51 @@ class IndexedModel:
 
     def get_largest_initializer_name_suffix(self, prefix: str) -> int:
         return _largest_suffix(prefix, self._initializers.names())
+
+    def add_initializer(self, tensor: onnx.TensorProto) -> None:
+        if self._initializers.find(tensor.name) is None:
+            self._initializers.append(tensor)
+
+
+class IndexedModel(_Lookups):
+    """What the quantizer asks of its `ONNXModel`, answered from an index.
+
+    No subclass: a method that is not here must fail and not read a graph that nobody edits.
+
+    Attributes:
+        model: the proto without nodes and initializers until `build`.
+    """
+
+    replace_node_input = staticmethod(ONNXModel.replace_node_input)
+
+    def __init__(self, source: LoadedModel) -> None:
+        super().__init__(source, Initializers(source.initializers))
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(source.shell)
+        self._nodes: list[onnx.NodeProto] = []
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        self._makers: dict[str, list[onnx.NodeProto]] = {}
+        for node in source.nodes:
+            own = onnx.NodeProto()
+            own.CopyFrom(node)
+            self._append(own)
+
+    def _append(self, node: onnx.NodeProto) -> None:
+        self._nodes.append(node)
+        for name in node.input:
+            if name:
+                self._readers.setdefault(name, []).append(node)
+        for name in node.output:
+            if name:
+                self._makers.setdefault(name, []).append(node)
+
+    # Looking
+
+    def nodes(self) -> list[onnx.NodeProto]:
+        return self._nodes
+
+    def input_name_to_nodes(self) -> dict[str, list[onnx.NodeProto]]:
+        return self._readers
 
     # Editing
 
@@ -172,10 +183,6 @@ class IndexedModel:
             ONNXModel.replace_node_output(node, old, new)
         if makers:
             self._makers.setdefault(new, []).extend(makers)
-
-    def add_initializer(self, tensor: onnx.TensorProto) -> None:
-        if self._initializers.find(tensor.name) is None:
-            self._initializers.append(tensor)
 
     def initializer_extend(self, tensors: Sequence[onnx.TensorProto]) -> None:
         for tensor in tensors:
@@ -295,45 +302,19 @@ def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _bodies(body)
 
 
-class UneditedModel:
+class UneditedModel(_Lookups):
     """What the quantizer asks of its model while it decides; edits are noted or do nothing."""
 
     def __init__(self, source: LoadedModel) -> None:
-        self._source = source
+        super().__init__(source, Initializers(below=source.by_name))
         self.model = onnx.ModelProto()  # takes the producer's name
         self.bias_of_node: dict[tuple[str, str], str] = {}
-        self._initializers = Initializers(below=source.by_name)
 
     def nodes(self) -> list[onnx.NodeProto]:
         return self._source.nodes
 
-    def initializer(self) -> Initializers:
-        return self._initializers
-
-    def get_initializer(self, name: str) -> onnx.TensorProto | None:
-        return self._initializers.find(name)
-
     def input_name_to_nodes(self) -> dict[str, list[onnx.NodeProto]]:
         return self._source.readers
-
-    def is_graph_output(self, name: str) -> bool:
-        return name in self._source.output_names
-
-    def is_graph_input(self, name: str) -> bool:
-        return name in self._source.input_names
-
-    def get_tensor_type(self, name: str) -> Any:
-        return self._source.tensor_type(name)
-
-    def get_constant_value(self, name: str) -> Any:
-        return self._source.constant_value(name)
-
-    def get_largest_initializer_name_suffix(self, prefix: str) -> int:
-        return _largest_suffix(prefix, self._initializers.names())
-
-    def add_initializer(self, tensor: onnx.TensorProto) -> None:
-        if self._initializers.find(tensor.name) is None:
-            self._initializers.append(tensor)
 
     def replace_input_of_nodes(self, old: str, new: str, names: Collection[str]) -> None:
         # A bias that two nodes share: each gets its own copy.

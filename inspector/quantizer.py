@@ -200,7 +200,10 @@ class _Kept:
 
 
 class _Decisions:
-    """Over ONNX Runtime's quantizer: the indexed model, and results kept from list to list."""
+    """Over ONNX Runtime's quantizer: the indexed model, and results kept from list to list.
+
+    The types that are ignored here are those of its other base, which ships none.
+    """
 
     # Set by `Quantizer` on the class it makes.
     source: LoadedModel
@@ -268,7 +271,10 @@ class _Decisions:
 
 
 class _WithoutEdits:
-    """Over the quantizer: decides everything and carries out nothing."""
+    """Over the quantizer: decides everything and carries out nothing.
+
+    The types that are ignored here are those of its other base, which ships none.
+    """
 
     source: LoadedModel
     kept: _Kept

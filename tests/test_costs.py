@@ -10,8 +10,7 @@ from onnx import helper
 from inspector.costs import count_macs
 from inspector.feeds import load_feeds, random_feeds
 from inspector.model_files import load_model
-from tests.samples import array, floats, model, save
-from tests.test_quantizer import MODELS, needs_models
+from tests.samples import MODELS, array, floats, model, needs_models, save
 
 
 def test_each_op_type_counts_what_a_hand_counts(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from inspector.recipe import QuantConfig
 from inspector.render import read_comparison, read_number
 from inspector.store import FeedSource, Workspace, made_by_surgery
 from inspector.workbench import free_in_file, load_pair, requantize
-from tests.samples import conv_relu_gemm, npz_folder, rng, save
-from tests.test_quantizer import MODELS, needs_models
+from tests.samples import MODELS, conv_relu_gemm, needs_models, npz_folder, rng, save
 
 
 @pytest.fixture

@@ -23,8 +23,7 @@ from inspector.preview import Preview, Previewer, RecipeSource
 from inspector.quantize import quantize_model
 from inspector.recipe import QuantConfig
 from inspector.scheme import read_scheme
-from tests.samples import boxes_and_scores_in_one_concat, conv_relu_gemm, save
-from tests.test_quantizer import MODELS, needs_models
+from tests.samples import MODELS, boxes_and_scores_in_one_concat, conv_relu_gemm, needs_models, save
 
 CONFIG = QuantConfig()
 GTCRN_STATES = (

@@ -6,7 +6,6 @@ plan are the scales, zero points and integers which that file holds.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,14 +30,8 @@ from inspector.prepare import OLDEST_OPSET, prepare
 from inspector.quantize import extra_options, open_quantizer, quantize_model
 from inspector.quantizer import Plan, Quantizer, UnplannableError, broken_contract
 from inspector.recipe import QuantConfig
-from tests.samples import array, conv_relu_gemm, floats, model, save
+from tests.samples import MODELS, array, conv_relu_gemm, floats, model, needs_models, save
 
-MODELS = Path(
-    os.environ.get("QUANT_INSPECTOR_MODELS", Path(__file__).parents[2] / "shared" / "models")
-)
-needs_models = pytest.mark.skipif(
-    not MODELS.is_dir(), reason=f"the real models are not there: no folder {MODELS}"
-)
 QUICK = ("mlperf-resnet8", "mlperf-kws-dscnn", "magika", "silero-vad-16k")
 LONG = ("fastestdet", "gtcrn", "squeezenet-fp16", "ultraface-rfb320", "minilm-l6")
 GRID = (

@@ -27,8 +27,8 @@ from inspector.quantizer import Quantizer, UnplannableError
 from inspector.recipe import QuantConfig
 from inspector.runtime import open_session
 from inspector.switchboard import Switchboard
-from tests.samples import array, conv_relu_gemm, floats, model, save
-from tests.test_quantizer import MODELS, needs_models, two_readers_of_one_bias
+from tests.samples import MODELS, array, conv_relu_gemm, floats, model, needs_models, save
+from tests.test_quantizer import two_readers_of_one_bias
 
 
 @pytest.fixture(scope="module")
