@@ -982,7 +982,7 @@ def free(
     from inspector.freed_file import write_freed
     from inspector.matching import match_tensors
     from inspector.model_files import load_model
-    from inspector.render import LONGEST_WORD, printable, shorten_name
+    from inspector.render import LONGEST_WORD, format_bytes, printable, shorten_name
     from inspector.rewrite import free_nodes
 
     paths = [x for x in exclude if x.lower().endswith(".json")]
@@ -1012,7 +1012,7 @@ def free(
     notes = list(dict.fromkeys(notes))
     result = load_model(output)
     if json_file != "-":
-        before, after = (f"{m.size_bytes / 1e6:.2f} MB" for m in (quantized, result))
+        before, after = (format_bytes(m.size_bytes) for m in (quantized, result))
         _print(printable(f"wrote {output}: {after}, {quantized_model} has {before}"))
         for effect in freed.effects:
             lines = (f"  {shorten_name(effect.name, 80)}: {effect.status}", *effect.details)

@@ -7,6 +7,7 @@ silently: what no figure speaks of is in `Comparison.unmatched`, `skipped` or `n
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -465,11 +466,21 @@ class _Pass:
         vanishing = {t.before for t in matching.scheme.tensors if t.kind == "activation"}
         vanishing |= matching.scheme.activations_at_run_time
         also = sorted(n for n in vanishing - pairs if n and n in quantized_model.producers)
-        # Not coded where every tensor is wanted once more (isolated) or looked at in numpy.
-        self.runner = PairRunner(
-            float_model, quantized_model, matching, also=also,
-            coded=in_runtime and not isolated and padding is None,
-        )  # fmt: skip
+        self.refused: list[Skipped] = []
+        with ThreadPoolExecutor(1) as pool:
+            # Opening is one core's work, so both kinds of session are opened at the same time.
+            deployed = pool.submit(
+                lambda: (
+                    self._deployed(quantized_model, "quantized", provider),
+                    self._deployed(float_model, "float", provider),
+                )
+            )
+            # Not coded where every tensor is wanted once more (isolated) or looked at in numpy.
+            self.runner = PairRunner(
+                float_model, quantized_model, matching, also=also,
+                coded=in_runtime and not isolated and padding is None,
+            )  # fmt: skip
+            self.deployed, self.deployed_float = deployed.result()
         self.reducer = Reducer()
         self.in_runtime = in_runtime
         self.isolation: Isolation | None = None
@@ -477,9 +488,6 @@ class _Pass:
             self.isolation = Isolation(
                 float_model, quantized_model, self.runner, padding=padding, in_runtime=in_runtime
             )
-        self.refused: list[Skipped] = []
-        self.deployed = self._deployed(quantized_model, "quantized", provider)
-        self.deployed_float = self._deployed(float_model, "float", provider)
         self.watches = {p.name: TensorWatch(p, float_model, padding) for p in self.runner.pairs}
         self.outputs: dict[str, OutputWatch] = {}
         for name in self.runner.outputs:

@@ -5,7 +5,7 @@ Apart from `exclusions`, because pages ask for it at every run and load no runti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -38,3 +38,28 @@ def nodes_after(name: str, nodes: Iterable[Mapping[str, Any]]) -> tuple[str, ...
             found.append(str(node["name"]))
             reached.update(o for o in node["outputs"] if o)
     return tuple(found)
+
+
+def nodes_between(first: str, last: str, nodes: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The nodes on every way from one node to another, both included, in graph order.
+
+    () where no way leads from one to the other; which of the two comes first does not matter.
+
+    Args:
+        first: name of a node.
+        last: name of a node.
+        nodes: in topological order, each with "name", "inputs" and "outputs".
+    """
+    places = {str(node["name"]): at for at, node in enumerate(nodes)}
+    if first not in places or last not in places:
+        return ()
+    first, last = sorted((first, last), key=places.__getitem__)
+    after = {first, *nodes_after(first, nodes)}
+    wanted: set[str] = set()
+    found = []
+    for node in reversed(nodes[: places[last] + 1]):
+        name = str(node["name"])
+        if name in after and (name == last or wanted.intersection(node["outputs"])):
+            found.append(name)
+            wanted.update(i for i in node["inputs"] if i)
+    return tuple(reversed(found)) if first in found else ()

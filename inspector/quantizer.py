@@ -13,8 +13,10 @@ as expected, and `quantize` then takes the public function.
 from __future__ import annotations
 
 import copy
+import gc
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -139,6 +141,18 @@ class UnplannableError(Exception):
 
 
 # -- ONNX Runtime's code over that model -------------------------------------------------------
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keeps Python from looking for garbage: in a model's many small objects it looks in vain."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _with_globals(function: Callable[..., Any], changes: Mapping[str, Any]) -> Callable[..., Any]:
@@ -482,10 +496,13 @@ class Quantizer:
                 (ONNX Runtime's `QDQKeepRemovableActivations`).
         """
         options = {**self._options, "QDQKeepRemovableActivations": True}
-        made = self._made(self._quantizer, exclude, options if keep_rectifiers else self._options)
-        made.quantize_model()
-        result: onnx.ModelProto = made.model.model
-        ONNXModel(result).topological_sort()
+        with _uncollected():
+            made = self._made(
+                self._quantizer, exclude, options if keep_rectifiers else self._options
+            )
+            made.quantize_model()
+            result: onnx.ModelProto = made.model.model
+            ONNXModel(result).topological_sort()
         return result
 
     def plan(

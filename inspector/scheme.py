@@ -914,6 +914,11 @@ _WEIGHTED = {
 }  # fmt: skip
 
 
+_LAYOUT = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+# What an integer kernel does along with its node.
+_RECTIFIERS = frozenset({"Relu", "Clip"})
+
+
 def count_scheme(model: Model, scheme: Scheme) -> SchemeCounts:
     """How many nodes and weights of a file are quantized."""
     plain: list[Node] = []
@@ -925,6 +930,15 @@ def count_scheme(model: Model, scheme: Scheme) -> SchemeCounts:
         activations = [t for t in here if t.kind == "activation"]
         reads = {t.name for t in activations}
         writes = reads | {t.before for t in activations if t.before}
+        # A layout that is moved between DQ and its reader, or a rectifier between a node and its
+        # Q, changes nothing for the node: some exporters write both.
+        for node in view.nodes:
+            if node.op_type in _LAYOUT and reads.intersection(node.inputs[:1]):
+                reads.update(node.outputs)
+        for node in reversed(view.nodes):
+            if node.op_type in _RECTIFIERS and writes.intersection(node.outputs):
+                reads.update(node.inputs[:1])
+                writes.update(node.inputs[:1])
         constants = {t.name for t in here if t.kind != "activation"}
         nodes = [n for n in view.nodes if n.op_type not in (Q, DQ, "Constant")]
         plain += nodes

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from inspector.model_files import load_model
 from inspector.runtime import open_session
 from inspector.scheme import QuantFormat, quant_formats
 from tests.benchmarks import __main__ as program
-from tests.benchmarks import activation_pass, harness, networks, subjects
+from tests.benchmarks import activation_pass, growth, harness, networks, subjects
 from tests.benchmarks.harness import Figure, Unavailable
 from tests.benchmarks.networks import Pair, chain_pair, resnet50_pair, transformer_pair
 
@@ -215,6 +216,21 @@ def test_lists_of_a_subject_are_one_toggle_apart_and_never_repeat(tmp_path: Path
     names = {n.name for n in subject.model.nodes if n.op_type == "Conv"}
     assert set().union(*lists) <= names
     assert all(lists)
+
+
+def test_quantizing_again_and_planning_call_functions_in_proportion_to_the_nodes(
+    tmp_path: Path,
+) -> None:
+    calls: dict[str, list[int]] = {"quantize": [], "plan": []}
+    for nodes in (60, 240):
+        pair = chain_pair(nodes, tmp_path / str(nodes), work=32, samples=2)
+        quantizer = subjects.chain_subject(nodes, pair, tmp_path).quantizer()
+        for method, counts in calls.items():
+            work = partial(getattr(quantizer, method), ())
+            work()
+            counts.append(growth.calls_of(work))
+    for few, many in calls.values():
+        assert 3 < many / few < 4.2
 
 
 def test_the_ranges_of_a_chain_are_those_that_calibration_gives(tmp_path: Path) -> None:

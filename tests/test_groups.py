@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inspector.groups import block_of, nodes_after
+from inspector.groups import block_of, nodes_after, nodes_between
 
 NAMES = ("/a/b/conv", "/a/b/relu", "/a/bc/conv", "/a/top", "plain", "/lonely/one")
 
@@ -40,3 +40,14 @@ def test_what_follows_a_node_is_what_computes_with_what_it_gives() -> None:
 
 def test_nothing_follows_a_node_that_is_not_there() -> None:
     assert nodes_after("nobody", GRAPH) == ()
+
+
+def test_between_two_nodes_lies_what_leads_from_one_to_the_other() -> None:
+    assert nodes_between("first", "join", GRAPH) == ("first", "left", "join")
+    assert nodes_between("join", "right", GRAPH) == ("right", "join")
+    assert nodes_between("left", "left", GRAPH) == ("left",)
+
+
+def test_nothing_lies_between_nodes_of_which_none_leads_to_the_other() -> None:
+    assert nodes_between("left", "aside", GRAPH) == ()
+    assert nodes_between("first", "nobody", GRAPH) == ()

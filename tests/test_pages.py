@@ -290,6 +290,11 @@ def lab(test: AppTest) -> AppTest:
     return wait(test, lambda page: any("SQNR of this tensor" in m.label for m in page.metric))
 
 
+def kept_grids(workspace: Workspace, run: str) -> list[dict[str, Any]]:
+    """The grids set by hand for what follows from a run."""
+    return list(workspace.draft(workspace.current_pair() or "")["overrides"][run])
+
+
 def test_another_range_is_tried_and_kept_for_the_next_run(loaded: Workspace) -> None:
     run = last_run(loaded)
     test = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
@@ -301,10 +306,13 @@ def test_another_range_is_tried_and_kept_for_the_next_run(loaded: Workspace) -> 
     assert test.button(key="lab-drop").disabled
     test.button(key="lab-use").click().run()
     assert test.button(key="lab-use").disabled
-    [entry] = test.session_state["overrides"][run]
+    [entry] = kept_grids(loaded, run)
     assert entry["tensor"] == "/head/Sigmoid_output_0"
-    test.button(key="lab-drop").click().run()
-    assert test.session_state["overrides"][run] == []
+    # Another tab, or the page after a reload, has it as well.
+    again = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
+    assert not again.button(key="lab-drop").disabled
+    again.button(key="lab-drop").click().run()
+    assert kept_grids(loaded, run) == []
 
 
 def test_a_scheme_that_no_recipe_can_have_is_not_offered_for_the_run(loaded: Workspace) -> None:
@@ -318,10 +326,9 @@ def test_a_scheme_that_no_recipe_can_have_is_not_offered_for_the_run(loaded: Wor
 @pytest.mark.slow
 def test_a_grid_set_by_hand_goes_into_the_next_run(loaded: Workspace) -> None:
     run = last_run(loaded)
-    test = app("exclusions", run=run)
     entry = {"tensor": "/head/Sigmoid_output_0", "low": 0.0, "high": 0.5}
-    test.session_state["overrides"] = {run: [entry]}
-    test.run()
+    loaded.save_draft(loaded.current_pair() or "", {"overrides": {run: [entry]}})
+    test = app("exclusions", run=run)
     wait(test, lambda page: "Preview: 1 grid set by hand" in words(page))
     assert "Changed: overrides" in words(test)
     test.button(key="requantize").click().run()

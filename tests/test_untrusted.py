@@ -944,7 +944,7 @@ def bomb(folder: Path) -> None:
             with_location("../outside.bin"),
             "'../outside.bin', which lies outside the model's",
         ),
-        (with_location("HERE/outside.bin"), "outside.bin', which lies outside the model's folder"),
+        (with_location("HERE/outside.bin"), "', which lies outside the model's folder"),
         (with_location("link.bin"), "'link.bin', which lies outside the model's folder"),
         (pickled, "00.npz: 'x' holds text or pickled objects, expected float32"),
         (bomb, "'x.npy' claims 805,306,496 bytes in 782,"),

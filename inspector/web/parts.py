@@ -516,8 +516,12 @@ def change(view: View) -> None:
         alt="SQNR of every tensor before and after",
         whole=lambda: figures.before_after(before, after, dark, most=None),
     )
+    changed = tables.deltas(view.before, view.comparison)
+    if not len(changed):
+        st.caption("No tensor changed by 0.1 dB or more.")
+        return
     widgets.tensor_table(
-        tables.deltas(view.before, view.comparison),
+        changed,
         view,
         key="deltas",
         columns=tables.delta_columns(),

@@ -517,7 +517,7 @@ def stop_job(job_id: str) -> None:
     worker().cancel(job_id)
 
 
-# ── ranges set by hand, not applied yet ──────────────────────────────────────────────────────
+# ── ranges set by hand, not applied yet: on disk, so that a reload keeps them ────────────────
 
 
 def overrides(view: View) -> list[dict[str, Any]]:
@@ -525,8 +525,9 @@ def overrides(view: View) -> list[dict[str, Any]]:
 
     Each as `TensorOverride.to_json` writes it.
     """
-    kept: dict[str, list[dict[str, Any]]] = st.session_state.setdefault("overrides", {})
-    return kept.get(view.run.id, [dict(each) for each in view.run.recipe.get("overrides", ())])
+    kept: Mapping[str, Any] = workspace().draft(view.pair.id).get("overrides", {})
+    own = kept.get(view.run.id, view.run.recipe.get("overrides", ()))
+    return [dict(each) for each in own]
 
 
 def set_override(view: View, tensor: str, entry: Mapping[str, Any] | None) -> None:
@@ -534,7 +535,9 @@ def set_override(view: View, tensor: str, entry: Mapping[str, Any] | None) -> No
     found = [each for each in overrides(view) if each.get("tensor") != tensor]
     if entry is not None:
         found.append(dict(entry))
-    st.session_state.setdefault("overrides", {})[view.run.id] = found
+    kept = workspace().draft(view.pair.id)
+    by_run = {**kept.get("overrides", {}), view.run.id: found}
+    workspace().save_draft(view.pair.id, {**kept, "overrides": by_run})
 
 
 # ── ticked nodes: kept on disk, so that a reload keeps them ──────────────────────────────────
@@ -569,9 +572,11 @@ def draft(pair_id: str, applied: tuple[str, ...] = ()) -> Draft:
 
 def _keep(pair_id: str, new: Draft) -> None:
     limit = 100
+    kept = workspace().draft(pair_id)
     workspace().save_draft(
         pair_id,
         {
+            **kept,
             "nodes": list(new.nodes),
             "undo": [list(each) for each in new.undo[-limit:]],
             "redo": [list(each) for each in new.redo[:limit]],

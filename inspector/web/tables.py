@@ -41,6 +41,8 @@ from inspector.web.session import View, compared, rank_of, sqnr_of
 STYLED_ROWS = 600
 # More rows take the browser longer than a reader has patience; downloads have all of them.
 MAX_ROWS = 2000
+# A smaller change would be shown as none.
+LEAST_CHANGE_DB = 0.05
 # Names that are listed in one cell.
 MAX_NAMES = 20
 DECIBELS = ("sqnr", "local", "isolated", "added", "worst", "part_db", "weight", "before", "after")
@@ -84,7 +86,15 @@ def shown(frame: pd.DataFrame) -> Any:
     columns = [name for name in (*DECIBELS, *RECIPE_DECIBELS) if name in frame]
     if len(frame) > STYLED_ROWS or not columns:
         return frame
-    return frame.style.format(format_db, subset=columns, na_rep="–")
+    styled = frame.style.format(format_db, subset=columns, na_rep="–")
+    return styled.format(_format_change, subset=["change"]) if "change" in frame else styled
+
+
+def _format_change(db: float) -> str:
+    """A change of SQNR with its sign; where one of both is exact, that there is no number."""
+    if math.isinf(db):
+        return "now exact" if db > 0 else "was exact"
+    return f"{db:+.1f} dB"
 
 
 def kind_of(record: ActivationError | WeightError) -> str:
@@ -414,14 +424,14 @@ def part_columns() -> dict[str, Any]:
 
 
 def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
-    """What each tensor is judged by, before and after, largest change first."""
+    """What each tensor is judged by, before and after, largest change first; changed ones only."""
     old = {each.name: each for each in compared(before)}
     rows = []
     for each in compared(after):
         if each.name not in old:
             continue
         was, now = _known(judged_db(old[each.name])), _known(judged_db(each))
-        if was is None or now is None:
+        if was is None or now is None or was == now or abs(now - was) < LEAST_CHANGE_DB:
             continue
         rows.append(
             {
@@ -431,7 +441,7 @@ def deltas(before: Comparison, after: Comparison) -> pd.DataFrame:
                 "kind": kind_of(each),
                 "before": was,
                 "after": now,
-                "change": 0.0 if was == now else now - was,
+                "change": now - was,
             }
         )
     frame = pd.DataFrame(
@@ -451,9 +461,13 @@ def delta_columns() -> dict[str, Any]:
         "tensor": text("Tensor", width="large"),
         "op": text("Op", width="small"),
         "kind": text("Kind", width="small"),
-        "before": _db("Before", "SQNR in the run of the same recipe without exclusions."),
-        "after": _db("After", "SQNR in this run."),
-        "change": st.column_config.NumberColumn("Change dB", format="%+.1f", width="small"),
+        "before": _db(
+            "Before",
+            "SQNR in the run of the same recipe without exclusions; of a part that was joined in, "
+            "where that is far below the whole.",
+        ),
+        "after": _db("After", "The same in this run."),
+        "change": _db("Change", "Higher is better. +6 dB is one more bit."),
     }
 
 

@@ -40,6 +40,8 @@ SHARED = (
     "fastestdet", "gtcrn", "magika", "minilm-l6", "mlperf-kws-dscnn", "mlperf-resnet8",
     "silero-vad-16k", "squeezenet-fp16", "ultraface-rfb320",
 )  # fmt: skip
+# With more nodes there are thousands of lists of up to half of them.
+_FEW = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +93,12 @@ class Subject:
         """Exclusion lists, each with one node more or less than the one before; none repeats.
 
         Nodes are drawn among those that compute (Conv, MatMul and their like), which is what
-        people toggle.
+        people toggle; among all where those are too few for so many lists.
         """
         rng = np.random.default_rng(seed)
         nodes = [n.name for n in self.model.nodes if n.op_type in COMPUTE_OPS and n.name]
+        if len(nodes) <= _FEW:
+            nodes = [n.name for n in self.model.nodes if n.name]
         chosen: set[str] = set()
         found: dict[tuple[str, ...], None] = {}
         while len(found) < count:
