@@ -8,9 +8,14 @@ a folder without a sibling `pages/`, so that no page can be reached around the p
 import streamlit as st
 from streamlit import runtime
 
-from inspector.web import portal
+from inspector.web import portal, routes
 
 if __name__ == "__main__" and runtime.exists():
     portal.main()
 else:
-    app = st.App(portal.__file__, lifespan=portal.lifespan, on_script_error=portal.on_script_error)
+    app = st.App(
+        portal.__file__,
+        routes=routes.served(),
+        lifespan=portal.lifespan,
+        on_script_error=portal.on_script_error,
+    )

@@ -1028,6 +1028,109 @@ def free(
     _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)
 
 
+# ------------------------------------------------------------------------------------ graph
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.argument("quantized_model", metavar="QUANTIZED")
+@_FEEDS
+@click.option(
+    "--by",
+    type=click.Choice(["accumulated", "local", "isolated", "added", "saturated", "seconds"]),
+    default="accumulated",
+    show_default=True,
+    help="What nodes are ranked by; isolated and added take a second pass.",
+)
+@click.option("--upstream", metavar="NODE", help="Name the node that explains this one's error.")
+@_RUNS
+@_JSON
+@_TOP
+@click.option("--skeletons", metavar="FOLDER", help="Write both graphs without weights.")
+def graph(
+    float_model: str,
+    quantized_model: str,
+    by: str,
+    upstream: str | None,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    json_file: str | None,
+    top: int,
+    skeletons: str | None,
+    **options: Any,
+) -> None:
+    """Which node is which in both models, and the error of every node, worst first."""
+    if not (options["inputs"] or options["random"]):
+        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    from inspector import node_figures
+    from inspector.compare import compare_models, feed_for_quantized
+    from inspector.matching import match_tensors
+    from inspector.model_files import load_model, write_proto
+    from inspector.node_links import link_nodes
+    from inspector.publishing import unfinished_file
+    from inspector.render import dump_json, printable
+    from inspector.skeleton import skeleton_of
+    from inspector.timing import profile_nodes, seconds_by_tensor
+
+    targets = [f"{skeletons}/{side}.onnx" for side in ("float", "quantized")] if skeletons else []
+    _keep_inputs([float_model, quantized_model], [json_file, *targets])
+    reference, quantized = load_model(float_model), load_model(quantized_model)
+    carried = _states(states, reference)
+    feeds = _load_feeds(options, reference)
+    assert feeds is not None
+    matching = match_tensors(reference, quantized)
+    links = link_nodes(reference, quantized, matching).to_json()
+    if upstream is not None:
+        names = {**links["float"], **links["quantized"]}
+        _known("--upstream", upstream, names, "node of either model")
+    with _progress("comparing") as progress:
+        comparison = compare_models(
+            reference,
+            quantized,
+            feeds,
+            mask=mask,
+            states=carried,
+            provider=provider,
+            isolated=by in ("isolated", "added"),
+            measure_latency=False,
+            progress=progress,
+        )
+    profile = None
+    if by == "seconds":
+        given = {"float": feeds[0], "quantized": feed_for_quantized(matching, feeds[0])}
+        profile = {
+            side: {
+                "simulated": {
+                    "tensors": seconds_by_tensor(
+                        model, profile_nodes(model, given[side], optimized=False)
+                    )
+                }
+            }
+            for side, model in (("float", reference), ("quantized", quantized))
+        }
+    sheet = node_figures.sheet(comparison, links, profile=profile)
+    if targets:
+        Path(str(skeletons)).mkdir(parents=True, exist_ok=True)
+        for target, model in zip(targets, (reference, quantized), strict=True):
+            with unfinished_file(Path(target)) as part:
+                write_proto(skeleton_of(model), part)
+    found = {}
+    if upstream is not None:
+        found = {"upstream": node_figures.upstream(comparison, links, upstream)}
+    if json_file:
+        head = {"format": "quant-inspector/graph", "version": 1}
+        _write(json_file, dump_json({**head, **sheet, **found}))
+    if json_file != "-":
+        for line in node_figures.nodes_text(sheet, by, top):
+            _print(printable(line))
+        if upstream is not None:
+            text = found["upstream"] or "no node with a figure"
+            _print(printable(f"the error of {upstream} comes from {text}"))
+    for warning in comparison.warnings:
+        _say("warning", warning)
+
+
 # ------------------------------------------------------------------------------------- main
 
 

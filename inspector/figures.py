@@ -42,12 +42,11 @@ from inspector.comparison import (
     judged_db,
     low_slices,
 )
+from inspector.error_scale import ERROR_COLORS as ERROR_COLORS
+from inspector.error_scale import ERROR_STEPS as ERROR_STEPS
+from inspector.error_scale import NO_FIGURE_COLOR as NO_FIGURE_COLOR
+from inspector.error_scale import error_color as error_color
 from inspector.lab import SchemeRow, Trial
-
-ERROR_STEPS: tuple[float, ...] = (10.0, 20.0, 30.0, 40.0)
-ERROR_COLORS: tuple[str, ...] = ("#2a59c0", "#6077a8", "#8b8e90", "#b5a765", "#dcc54a")
-"""Worst first: below 10 dB, 10 to 20, 20 to 30, 30 to 40, and 40 dB and more."""
-NO_FIGURE_COLOR = "#a1a1aa"
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DEPTH_HEIGHT = 340
@@ -115,17 +114,6 @@ def _fade(color: str, opacity: float) -> str:
     """A hex colour as ``rgba(...)``."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"
-
-
-def error_color(db: float | None) -> str:
-    """The hex colour of an SQNR, the same in every chart, table and graph, light and dark.
-
-    Worst below 10 dB, best from 40 dB (also exact). nan counts as worst, as in `metrics`; None, no
-    figure at all, is a neutral grey.
-    """
-    if db is None:
-        return NO_FIGURE_COLOR
-    return ERROR_COLORS[sum(db >= step for step in ERROR_STEPS)]
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -874,7 +874,7 @@ SEEN_WORDS = {
 }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
     """Aligned lines; the first `left` columns to the left, figures to the right."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -1065,11 +1065,11 @@ def _device_lines(comparison: Comparison, top: int, name_width: int) -> list[str
     ]
     header = ("tensor", "float→simulated", "simulated→deployed", "→device", "total", "verdict")
     title = f"Device: worst {format_count(len(rows), len(comparison.device))}"
-    return ["", title, *_table(header, rows, left=1)] if rows else []
+    return ["", title, *aligned(header, rows, left=1)] if rows else []
 
 
 def _facts(comparison: Comparison) -> list[str]:
-    lines = _table(
+    lines = aligned(
         ("", "file", "format", "size"),
         [
             (
@@ -1114,7 +1114,7 @@ def _output_lines(comparison: Comparison, name_width: int) -> list[str]:
         rows.append([*row, format_db(deployed)])
     header = ("output", "pooled", "worst channel", "median channel", "worst sample",
               "median sample", "deployed")  # fmt: skip
-    lines = _table(header, rows, left=1)
+    lines = aligned(header, rows, left=1)
     for o in comparison.outputs:
         if o.seen_sqnr_db is not None and o.unseen_sqnr_db is not None:
             lines.append(
@@ -1144,7 +1144,7 @@ def _slice_lines(comparison: Comparison, name_width: int) -> list[str]:
     if not rows:
         return []
     header = (" ", "Concat", "slice", "channels", "largest float value", "SQNR")
-    return ["", "Slices far below the whole", *_table(header, rows, left=3)]
+    return ["", "Slices far below the whole", *aligned(header, rows, left=3)]
 
 
 def _activation_lines(comparison: Comparison, top: int, name_width: int) -> list[str]:
@@ -1167,7 +1167,7 @@ def _activation_lines(comparison: Comparison, top: int, name_width: int) -> list
               *(("isolated", "added") if measured else ()), "worst channel", "median channel",
               "clipped")  # fmt: skip
     title = f"Activations: worst {format_count(len(rows), len(comparison.activations))}"
-    return ["", title, *_table(header, rows, left=3)] if rows else []
+    return ["", title, *aligned(header, rows, left=3)] if rows else []
 
 
 def _weight_lines(comparison: Comparison, top: int, name_width: int) -> list[str]:
@@ -1185,7 +1185,7 @@ def _weight_lines(comparison: Comparison, top: int, name_width: int) -> list[str
     ]
     header = ("tensor", "op", "type", "SQNR", "worst channel", "median channel", "max abs error")
     title = f"Weights: worst {format_count(len(rows), len(comparison.weights))}"
-    return ["", title, *_table(header, rows, left=3)] if rows else []
+    return ["", title, *aligned(header, rows, left=3)] if rows else []
 
 
 # What follows "into", and words with a digit, "_" or "/" in them.
@@ -1389,7 +1389,7 @@ def recipes_text(table: Mapping[str, Any]) -> str:
         same += bool(row.get("same_as"))
         body.append(cells)
     if body:
-        lines += ["", *_table(header, body, 1)]
+        lines += ["", *aligned(header, body, 1)]
     if same:
         lines.append("  = the file is the same, byte for byte, as that of a recipe above")
     for state, title in (("failed", "Gave no model"), ("impossible", "Not possible")):

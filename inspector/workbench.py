@@ -8,7 +8,11 @@ command line calls the same library functions below it, so both give the same nu
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
+import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,6 +48,7 @@ from inspector.images import Preprocess
 from inspector.matching import ActivationPair, WeightPair, match_tensors
 from inspector.model import Model
 from inspector.model_files import load_model
+from inspector.node_links import link_nodes, only_nodes, twins_around
 from inspector.pairs import feed_for_quantized
 from inspector.prepare import prepare
 from inspector.quantize import quantize_model
@@ -59,6 +64,7 @@ from inspector.render import comparison_json, headline, read_comparison, strict
 from inspector.rewrite import free_nodes
 from inspector.runtime import CPU, Feed, Progress, available_providers, no_progress, part_of
 from inspector.scheme import count_scheme, read_scheme
+from inspector.skeleton import all_node_names, main_nodes, neighbourhood, skeleton_of
 from inspector.states import check_states, likely_states
 from inspector.store import (
     PROFILE_KEY,
@@ -80,6 +86,10 @@ from inspector.timing import profile_nodes, seconds_by_tensor
 # Samples that are looked at for padding, and pairs of an output and an input for a state.
 PADDING_SAMPLES = 16
 STATE_PAIRS = 400
+# A browser draws graphs of up to so many nodes in a few seconds.
+LIMIT_NODES = 2000
+# The key under which a run keeps what its graphs were made of.
+GRAPH_KEY = "graph"
 
 
 @lru_cache(maxsize=6)
@@ -867,6 +877,140 @@ def _graph(model: Model) -> list[dict[str, Any]]:
     ]
 
 
+# -- the graph -----------------------------------------------------------------------------------
+
+
+def graph_of_run(
+    root: Path,
+    *,
+    run_id: str,
+    around: str = "",
+    hops: int = 4,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """The graphs of a run's two models, ready to be drawn. Kept with the run.
+
+    Under "float" and "quantized" stand paths of skeletons (`skeleton.skeleton_of`), under "links"
+    what belongs together (`NodeLinks.to_json`), under "nodes" how many nodes each model has, bodies
+    included. They are made anew after matches were set by hand. Where a model has more than
+    `LIMIT_NODES`, the files and the links are cut down to the neighbourhood of one node, which
+    "around" names, up to "hops" edges away; else "around" is "".
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run.
+        around: a node of either model; "" for the one that computes the worst tensor.
+        hops: how far to go in the float model; less where that has more than `LIMIT_NODES`.
+        progress: see `runtime.Progress`.
+
+    Raises:
+        ModelError: neither model has such a node.
+    """
+    workspace = Workspace(root)
+    folder = workspace.run_folder(run_id) / "graph"
+    comparison = read_comparison(workspace.comparison(run_id))
+    pins = (*comparison.pins, *_found_by_content(comparison))
+    stamp = {"pins": [[pin.float_name, pin.quantized_name] for pin in pins]}
+    kept = workspace.detail(run_id, GRAPH_KEY) or {}
+    whole = tuple(folder / name for name in ("float.onnx", "quantized.onnx", "links.json"))
+    if kept.get("stamp") != stamp or not all(path.is_file() for path in whole):
+        progress(0.0, "reading the models")
+        float_model, quantized = _models_of(workspace, run_id)
+        progress(0.3, "matching nodes")
+        matching = match_tensors(float_model, quantized, pins=pins)
+        links = link_nodes(float_model, quantized, matching).to_json()
+        progress(0.8, "writing the graphs")
+        skeletons = [skeleton_of(model).SerializeToString() for model in (float_model, quantized)]
+        _put_files(workspace, whole, [*skeletons, _compact(links)])
+        nodes = {side: len(each) for side, each in links.items()}
+        kept = {"stamp": stamp, "nodes": nodes}
+        workspace.write_detail(run_id, GRAPH_KEY, kept)
+    else:
+        links = json.loads(whole[2].read_bytes())
+    shown: dict[str, Any] = {"float": str(whole[0]), "quantized": str(whole[1]), "links": links}
+    shown |= {"nodes": kept["nodes"], "around": "", "hops": 0}
+    if max(kept["nodes"].values()) > LIMIT_NODES:
+        progress(0.9, "cutting out the neighbourhood")
+        around = around or _worst_node(comparison) or next(iter(links["float"]), "")
+        shown |= _cut_graph(workspace, run_id, links, around, hops)
+    progress(1.0, "ready")
+    return shown
+
+
+def _compact(links: Mapping[str, Any]) -> bytes:
+    return json.dumps(links, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _found_by_content(comparison: Comparison) -> list[Pin]:
+    """What was matched by the values seen on the feeds, as if it were set by hand."""
+    return [
+        Pin(float_name=a.name, quantized_name=a.quantized_name)
+        for a in comparison.activations
+        if a.matched_by == "content"
+    ]
+
+
+def _models_of(workspace: Workspace, run_id: str) -> tuple[Model, Model]:
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    return open_model(pair.float_model.path), open_model(run.model.path)
+
+
+def _worst_node(comparison: Comparison) -> str:
+    """The float node that computes the tensor with the lowest accumulated SQNR; "" for none."""
+    made = [a for a in comparison.activations if a.node and a.accumulated_sqnr_db != -math.inf]
+    spoiled = (a for a in made if math.isnan(a.accumulated_sqnr_db))
+    worst = next(spoiled, None) or min(made, key=lambda a: a.accumulated_sqnr_db, default=None)
+    return "" if worst is None else worst.node
+
+
+def _cut_graph(
+    workspace: Workspace, run_id: str, links: Mapping[str, Any], around: str, hops: int
+) -> dict[str, Any]:
+    """The files and links of the neighbourhood of a node, with how far it goes."""
+    models = dict(zip(("float", "quantized"), _models_of(workspace, run_id), strict=True))
+    side = "float" if around in links["float"] else "quantized"
+    if side == "quantized" and links[side].get(around, {}).get("partners"):
+        around, side = links[side][around]["partners"][0], "float"
+    other = "quantized" if side == "float" else "float"
+    owners = main_nodes(models[other])
+    for reach in range(max(hops, 0), -1, -1):
+        mine = neighbourhood(models[side], around, reach)
+        theirs = {owners[name] for name in twins_around(links, side, mine)}
+        if max(len(mine), len(theirs)) <= LIMIT_NODES:
+            break
+    names = {side: mine, other: theirs}
+    skeletons = {key: skeleton_of(model, only=names[key]) for key, model in models.items()}
+    known = {key: all_node_names(each) for key, each in skeletons.items()}
+    mark = hashlib.sha256(f"{reach} {around}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    folder = workspace.run_folder(run_id) / "graph"
+    paths = {key: folder / f"{key}-{mark}.onnx" for key in skeletons}
+    contents = [skeletons[key].SerializeToString() for key in paths]
+    _put_files(workspace, tuple(paths.values()), contents)
+    cut = only_nodes(links, known["float"], known["quantized"])
+    return {
+        **{key: str(path) for key, path in paths.items()},
+        "links": cut,
+        "around": around,
+        "hops": reach,
+    }
+
+
+def _put_files(workspace: Workspace, paths: Sequence[Path], contents: Sequence[bytes]) -> None:
+    """Writes files of one folder, each of which is whole at any time."""
+    with workspace.scratch() as scratch:
+        try:
+            paths[0].parent.mkdir(exist_ok=True)
+            for path, content in zip(paths, contents, strict=True):
+                (scratch / path.name).write_bytes(content)
+                os.replace(scratch / path.name, path)
+        except OSError as error:
+            raise ReportError(
+                f"{paths[0].parent} cannot be written: {error.strerror or error}",
+                hint="Check the folder's permissions and the free space on its disk.",
+            ) from error
+
+
 # -- one tensor ----------------------------------------------------------------------------------
 
 
@@ -907,11 +1051,7 @@ def inspect_tensor(
     pair = workspace.pair(run.pair_id)
     float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
     # What was matched by the values seen on the feeds is known from the comparison.
-    seen = [
-        Pin(float_name=a.name, quantized_name=a.quantized_name)
-        for a in comparison.activations
-        if a.matched_by == "content"
-    ]
+    seen = _found_by_content(comparison)
     matching = match_tensors(float_model, quantized, pins=(*comparison.pins, *seen))
     progress(0.1, "reading the tensor")
     pairs: Sequence[ActivationPair | WeightPair] = (

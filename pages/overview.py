@@ -66,6 +66,7 @@ with st.container(
     st.space("stretch")
     widgets.neighbours(view, key="overview")
     widgets.leave_in_float(view, key="overview-float")
+    widgets.in_graph(view)
     st.page_link(
         widgets.page("tensors"),
         label="Why?",

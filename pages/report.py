@@ -3,7 +3,7 @@
 import streamlit as st
 
 from inspector.render import comparison_csv, comparison_json, dump_json, find_headline
-from inspector.web import basis, facts, session, tables, widgets
+from inspector.web import basis, facts, graphs, session, tables, widgets
 
 # get
 view = session.view()
@@ -49,6 +49,8 @@ st.subheader("Compared", anchor=False)
 st.dataframe(tables.provenance(view), hide_index=True)
 widgets.notes(comparison.warnings, "warning")
 widgets.notes(view.run.notes, "note")
+st.subheader("Graph", anchor=False)
+graphs.kept_picture(view)
 with st.expander("All tensors", key="all-tensors", on_change="rerun") as everything:
     if everything.open:
         frame = tables.tensors(comparison)

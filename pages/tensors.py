@@ -40,6 +40,7 @@ with st.container(horizontal=True, vertical_alignment="center", key="tensor-cont
     widgets.tensor_field(view, order, refused=matches.refused(view))
     widgets.neighbours(view, key="tensors")
     widgets.leave_in_float(view, key="tensors-float")
+    widgets.in_graph(view)
     place = order.index(view.tensor) + 1
     st.caption(f"{place} of {len(order)}, worst first", width="content")
     st.space("stretch")

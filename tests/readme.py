@@ -19,12 +19,13 @@ README = ROOT / "README.md"
 # A module imports only modules above it. `web` is the Streamlit side.
 ORDER = (
     *("errors", "publishing", "qparams", "metrics", "stats", "comparison", "groups"),
+    "error_scale",
     *("grid_schemes", "distribution", "lab", "range_choice"),
     *("model", "model_checks", "model_files", "folding", "scheme", "integer_operators"),
     *("content", "structure", "likeness", "alignment", "weights", "endpoints", "matching"),
     *("arrays", "images", "random_feeds", "texts", "feeds", "runtime", "timing", "costs"),
     *("kernels", "devices", "padding", "watches", "nonfinite", "states", "batches", "pairs"),
-    *("layouts", "twin", "isolation", "compare"),
+    *("layouts", "twin", "isolation", "compare", "skeleton", "node_links"),
     *(
         "observers",
         "calibration",
@@ -38,8 +39,8 @@ ORDER = (
     *("commands", "exclusions"),
     *("quantized_flow", "float_constants", "sites", "free_targets", "freed_graph"),
     *("freed_effects", "rewrite", "freed_file", "preview", "recipe_table"),
-    *("figures", "render", "store", "details", "workbench", "live", "jobs", "guard"),
-    *("cli", "web"),
+    *("figures", "render", "node_figures", "store", "details", "workbench", "live", "jobs"),
+    *("guard", "cli", "web"),
 )
 
 

@@ -120,7 +120,7 @@ def test_hostile_names_become_no_elements(page: Page, tmp_path: Path) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     with running_app(tmp_path) as address:
-        for name in ("overview", "tensors", "exclusions", "models", "report"):
+        for name in ("overview", "tensors", "graph", "exclusions", "models", "report"):
             page.goto(f"{address}/{name}?run={run_id}")
             expect(page.locator(".st-key-context")).to_be_visible(timeout=PATIENCE)
             if name == "overview":
@@ -181,7 +181,9 @@ def test_excluding_on_a_real_detector_writes_the_bytes_of_the_command_line(
         expect(page.get_by_text(format_db(output["sqnr_db"])).first).to_be_visible()
 
 
-@pytest.mark.parametrize("name", ["", "overview", "tensors", "exclusions", "models", "report"])
+@pytest.mark.parametrize(
+    "name", ["", "overview", "tensors", "graph", "exclusions", "models", "report"]
+)
 def test_every_address_opens_its_page_directly(page: Page, tmp_path: Path, name: str) -> None:
     with running_app(tmp_path) as address:
         page.goto(f"{address}/{name}")

@@ -1100,3 +1100,45 @@ def test_isolated_adds_two_columns_and_two_figures_per_tensor(run: Run, tmp_path
     assert {r["name"]: r["added_sqnr_db"] for r in rows if r["kind"] == "activation"}[
         relu.name
     ] == str(relu.added_sqnr_db)
+
+
+# ------------------------------------------------------------------------------------ graph
+
+
+@needs_models
+def test_the_graph_command_ranks_nodes_by_the_comparisons_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = MODELS / "mlperf-resnet8"
+    pair = [str(folder / "model.onnx"), str(folder / "ort_static_qdq.onnx")]
+    feeds = ["--inputs", str(folder / "inputs"), "--samples", "2"]
+    assert main(["compare", *pair, *feeds, "--isolated", "--json", str(tmp_path / "c.json")]) == 0
+    compared = json.loads((tmp_path / "c.json").read_text())["activations"]
+    own = [each for each in compared if each["node"] and each["added_sqnr_db"] is not None]
+    capsys.readouterr()
+    last = own[-1]["node"]
+    arguments = ["--by", "added", "--upstream", last, "--skeletons", str(tmp_path / "graphs")]
+    assert main(["graph", *pair, *feeds, *arguments, "--json", str(tmp_path / "g.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sheet = json.loads((tmp_path / "g.json").read_text())
+    shown = sheet["sides"]["float"]
+    for each in own:
+        assert shown[each["node"]]["figures"]["added"] == each["added_sqnr_db"]
+    worst = min(own, key=lambda each: float(each["added_sqnr_db"]))
+    assert worst["node"] in [line.split()[0] for line in lines[2:6]]
+    assert lines[-1].startswith(f"the error of {last} comes from ")
+    assert sheet["upstream"] == lines[-1].split()[-1]
+    for side, path in zip(("float", "quantized"), pair, strict=True):
+        light = onnx.load(tmp_path / "graphs" / f"{side}.onnx")
+        assert len(light.graph.node) == len(onnx.load(path).graph.node)
+        assert (tmp_path / "graphs" / f"{side}.onnx").stat().st_size < Path(path).stat().st_size
+
+
+@needs_models
+def test_upstream_of_a_node_that_is_not_there_names_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = MODELS / "mlperf-resnet8"
+    pair = [str(folder / "model.onnx"), str(folder / "ort_static_qdq.onnx")]
+    assert main(["graph", *pair, "--random", "1", "--upstream", "Conv_99"]) == 2
+    assert "there is no such node of either model" in capsys.readouterr().err

@@ -35,7 +35,7 @@ DOORS = {
     },
     "onnx": {
         *("model", "model_checks", "model_files", "folding", "runtime", "arrays", "twin"),
-        "isolation",
+        *("isolation", "skeleton"),
         *("observers", "calibration", "prepare", "indexed_model", "quantizer", "switchboard"),
         "quantize",
         *("float_constants", "sites", "freed_graph", "rewrite", "freed_file"),

@@ -33,14 +33,14 @@ from inspector.comparison import (
 from inspector.errors import Cancelled, ModelError
 from inspector.render import comparison_json, format_db, read_comparison
 from inspector.store import PROFILE_KEY, FeedSource, Workspace
-from inspector.web import forms, session, tables, tasks
+from inspector.web import forms, graphs, session, tables, tasks
 from inspector.web.words import md_code, md_text
 from tests.samples import ROOT, array, floats, model, qdq_of, save
 
 # What `app.py` gives to `st.App`. Run from `app.py`, Streamlit's test runner would open the pages
 # of the folder beside it directly, without the frame around them.
 PORTAL = ROOT / "inspector" / "web" / "portal.py"
-PAGES = ("models", "overview", "tensors", "exclusions", "recipes", "report")
+PAGES = ("models", "overview", "tensors", "graph", "exclusions", "recipes", "report")
 SAMPLE = ROOT / "sample_models" / "digit-detector"
 PATIENCE = 90.0
 
@@ -1060,3 +1060,48 @@ def test_hostile_names_are_escaped_on_the_cause_map(empty: Workspace) -> None:
     assert NAMES["r"] in causes["data"][0]["customdata"], "a click selects the very tensor"
     assert test.button
     assert "measure-causes" not in {each.key for each in test.button}
+
+
+# ── graph ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_link_to_a_node_opens_its_card_and_selects_its_tensor(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    test = app("graph", run=run, node="/head/Concat_3")
+    wait(test, lambda page: any(b.key == "graph-float" for b in page.button))
+    record = next(a for a in session.comparison_of(run).activations if a.node == "/head/Concat_3")
+    assert test.query_params["tensor"] in (record.name, [record.name])
+    assert "`/head/Concat_3`" in words(test)
+    assert format_db(record.accumulated_sqnr_db) in str([t.value for t in test.table])
+
+
+def test_the_next_worst_node_and_its_upstream_are_selected(loaded: Workspace) -> None:
+    test = app("graph", run=last_run(loaded))
+    wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
+    test.button(key="graph-next").click().run()
+    first = test.query_params["node"]
+    test.button(key="graph-next").click().run()
+    assert test.query_params["node"] != first
+    test.button(key="graph-upstream").click().run()
+    assert test.query_params["node"]
+
+
+def test_what_the_search_found_is_ticked_at_once_and_undone(loaded: Workspace) -> None:
+    test = app("graph", run=last_run(loaded))
+    wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
+    test.text_input(key="find").set_value("/^Sigmoid$/").run()
+    before = loaded.draft(loaded.current_pair() or "").get("nodes", [])
+    test.button(key="graph-more-4").click().run()
+    after = loaded.draft(loaded.current_pair() or "")["nodes"]
+    assert len(after) > len(before)
+    assert all("Sigmoid" in name for name in after[1:])
+    test.button(key="undo").click().run()
+    assert len(loaded.draft(loaded.current_pair() or "")["nodes"]) < len(after)
+
+
+def test_a_search_is_words_or_a_regular_expression() -> None:
+    assert graphs.matches("head conv", "/head/Conv_1", "Conv")
+    assert not graphs.matches("head relu", "/head/Conv_1", "Conv")
+    assert graphs.matches("/^conv$/", "/head/other", "Conv")
+    assert not graphs.matches("/^head/", "/head/other", "Conv")
+    assert not graphs.matches("/(/", "(", "Conv")

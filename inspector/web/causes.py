@@ -33,18 +33,24 @@ def choice(view: View) -> str:
             label_visibility="collapsed",
             required=True,
         )
-        if not isolation_measured(view.run):
-            st.button(
-                "Measure where errors begin",
-                key="measure-causes",
-                icon=":material/target:",
-                disabled=_job(view) is not None,
-                on_click=_measure,
-                args=(view,),
-                help="Two more runs per sample: each node alone, and the error it adds. It takes "
-                "about as long as comparing did.",
-            )
+        offer(view)
     return str(chosen)
+
+
+def offer(view: View) -> None:
+    """The button that has it measured where errors begin; nothing once it was."""
+    if isolation_measured(view.run):
+        return
+    st.button(
+        "Measure where errors begin",
+        key="measure-causes",
+        icon=":material/target:",
+        disabled=_job(view) is not None,
+        on_click=_measure,
+        args=(view,),
+        help="Two more runs per sample: each node alone, and the error it adds. It takes about as "
+        "long as comparing did.",
+    )
 
 
 def cause_map(view: View, *, key: str) -> None:

@@ -395,14 +395,27 @@ def _overrides(view: View) -> list[dict[str, Any]]:
 _WAYS = {"recipe": "Re-quantize", "surgery": "Free in the file"}
 
 
+def _surgery_fits(view: View) -> bool:
+    """Whether the list is best applied by surgery on the loaded file."""
+    loaded = next((run for run in view.runs if run.number == 0), None)
+    return loaded is not None and (
+        made_by_surgery(view.run)
+        or (view.run.number == 0 and bool(loaded.summary.get("surgery_fits")))
+    )
+
+
+def usual_recipe(view: View) -> dict[str, Any] | None:
+    """How a list is applied to this run unless another way is chosen; None for surgery."""
+    if _surgery_fits(view):
+        return None
+    return {**view.run.recipe, "overrides": session.overrides(view)}
+
+
 def _way(view: View) -> str:
     """How the list is applied: with a recipe, or by surgery on the loaded file."""
-    loaded = next((run for run in view.runs if run.number == 0), None)
-    if loaded is None:
+    if all(run.number != 0 for run in view.runs):
         return "recipe"
-    fits = made_by_surgery(view.run) or (
-        view.run.number == 0 and bool(loaded.summary.get("surgery_fits"))
-    )
+    fits = _surgery_fits(view)
     way = st.segmented_control(
         "Apply the list by",
         list(_WAYS),

@@ -23,6 +23,7 @@ PAGES = (
     ("models", "Models", ":material/deployed_code:"),
     ("overview", "Overview", ":material/show_chart:"),
     ("tensors", "Tensors", ":material/bar_chart:"),
+    ("graph", "Graph", ":material/account_tree:"),
     ("exclusions", "Exclusions", ":material/checklist:"),
     ("recipes", "Recipes", ":material/science:"),
     ("report", "Report", ":material/description:"),

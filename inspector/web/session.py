@@ -233,9 +233,11 @@ def _selected_tensor(comparison: Comparison) -> str:
 
 
 def select_tensor(name: str) -> None:
-    """Puts a tensor into the address; on every page."""
+    """Puts a tensor into the address, on every page, and with it the node that computes it."""
     if name and st.query_params.get("tensor") != name:
         st.query_params["tensor"] = name
+    for key in ("node", "side"):
+        st.query_params.pop(key, None)
 
 
 def select_run(run_id: str) -> None:

@@ -62,6 +62,8 @@ h1 { padding: 0.1rem 0 !important; }
 .st-key-sentence p { font-size: 1.25rem; font-weight: 620; line-height: 1.3; margin: 0; }
 .st-key-brand p { font-weight: 650; font-size: 1.02rem; margin: 0 0 0.4rem 0; }
 .st-key-preview [data-testid="stMetric"] { border: 1px dashed #7c3aed; }
+[data-testid="stLayoutWrapper"]:has(> .st-key-node-card), .st-key-node-card {
+  flex: none !important; height: max(560px, calc(100vh - 225px)) !important; }
 .st-key-nav { gap: 0.1rem; }
 </style>
 """

@@ -132,6 +132,13 @@ def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     return workbench.list_nodes(root, **arguments)
 
 
+def graph_of_run(root: Path, **arguments: Any) -> dict[str, Any]:
+    """The graphs of a run, ready to be drawn. Arguments as `workbench.graph_of_run`."""
+    from inspector import workbench
+
+    return workbench.graph_of_run(root, **arguments)
+
+
 def profile_run(root: Path, **arguments: Any) -> dict[str, Any]:
     """What each node takes. Arguments as `workbench.profile_run`."""
     from inspector import workbench

@@ -400,7 +400,8 @@ def file_name(name: str) -> str:
 _KEY_TABLE = """
 | key | does |
 |---|---|
-| `j` `k` | next, previous worst tensor |
+| `j` `k` | next, previous worst tensor; on the graph `j` is the next worst node |
+| `u` | on the graph: follow the error upstream |
 | `x` | leave the selected tensor's node in float, or quantize it |
 | `z` `Shift z` | undo, redo the ticked nodes |
 | `/` | search |
@@ -427,6 +428,18 @@ def leave_in_float(view: View, *, key: str) -> None:
         on_click=session.toggle,
         args=(view.pair.id, draft, view.node),
         help="Ticks this tensor's node on the exclusions page; Re-quantize applies it.",
+    )
+
+
+def in_graph(view: View) -> None:
+    """The link to the selected tensor's node on the graph page."""
+    node = {"node": view.node} if view.node else {}
+    st.page_link(
+        page("graph"),
+        label="Graph",
+        icon=":material/account_tree:",
+        query_params={**session.address(), "tensor": view.tensor, **node},
+        help="Shows the node that computes this tensor in both graphs",
     )
 
 

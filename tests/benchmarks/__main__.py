@@ -22,6 +22,7 @@ BENCHMARKS = (
     "toggle",
     "click_to_preview",
     "growth",
+    "graph_panes",
 )
 
 

@@ -1,0 +1,45 @@
+"""Where in the graph is the error?"""
+
+import streamlit as st
+
+from inspector.web import graphs, session, times, widgets
+
+# get
+view = session.view()
+
+# guard
+if view is None:
+    widgets.nothing_loaded()
+    st.stop()
+assert view is not None
+draft = session.draft(view.pair.id, view.run.exclusions)
+
+# show: the run's finding, or what the ticked nodes would give
+widgets.context_bar(view)
+graphs.finding(view, draft)
+
+# get: both graphs, from the worker
+answer = graphs.ask(view)
+
+# guard
+if answer.job is not None:
+    widgets.waiting(answer.job, height=graphs.HEIGHT, key="graph")
+    st.stop()
+if answer.error is not None:
+    widgets.error(answer.error)
+    st.stop()
+drawing = graphs.drawn(view, answer.value)
+graphs.follow_address(view, drawing)
+
+# ask: what to colour by, which node
+measure, threshold = graphs.controls(view, drawing, draft)
+times.answer(view, times.profile(view))
+graphs.excerpt(view, drawing)
+
+# show: the graphs, the selected node
+left, right = st.columns([3.3, 1], gap="small")
+with left:
+    graphs.panes(view, drawing, draft, measure, threshold)
+with right:
+    graphs.card(view, drawing, draft)
+widgets.notes(view.run.notes, "note")
