@@ -49,7 +49,10 @@ def small_chain(folder: Path) -> Pair:
 # -- the networks ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [small_resnet50, small_transformer, small_chain])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(small_resnet50, marks=pytest.mark.slow), small_transformer, small_chain],
+)
 def test_a_generated_pair_is_valid_named_throughout_and_compares_well(
     make: Callable[[Path], Pair], kept: Path
 ) -> None:

@@ -353,7 +353,13 @@ TABLE = {
 
 
 @needs_models
-@pytest.mark.parametrize(("folder", "twin"), TABLE)
+@pytest.mark.parametrize(
+    ("folder", "twin"),
+    [
+        pytest.param(*each, marks=pytest.mark.slow if each[0] in ("minilm-l6", "magika") else ())
+        for each in TABLE
+    ],
+)
 def test_a_real_pair_has_the_output_sqnr_of_the_table(folder: str, twin: str) -> None:
     float_model = load_model(MODELS / folder / "model.onnx")
     feeds = load_feeds(MODELS / folder / "inputs", float_model)

@@ -602,7 +602,7 @@ def own(name: str) -> str:
     ("model", "least"),
     # The share that is found falls with the error: magika's output has 1.4 dB, minilm's 4.
     [("fastestdet", 0.95), ("mlperf-resnet8", 1.0), ("squeezenet-fp16", 0.95), ("magika", 0.2),
-     ("minilm-l6", 0.1)],
+     pytest.param("minilm-l6", 0.1, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_real_activations_find_their_own_or_nothing(model: str, least: float) -> None:
     folder = MODELS / model

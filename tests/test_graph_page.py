@@ -123,6 +123,7 @@ def ticked(root: Path) -> tuple[str, ...]:
     return tuple(workspace.draft(pair.id).get("nodes", ()))
 
 
+@pytest.mark.slow
 @needs_models
 def test_the_graph_of_a_real_detector_is_coloured_linked_and_toggled(
     watched: Callable[..., Watched], tmp_path: Path

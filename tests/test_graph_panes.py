@@ -293,8 +293,13 @@ def test_the_legend_says_what_the_colours_are(small: Graph) -> None:
     ]
     assert colors == [rgb(color) for color in ERROR_COLORS]
     expect(legend.locator(".calm")).to_have_text("> 30: not coloured")
-    for word in ("to leave in float", "float again", "still wrapped", "no partner", "preview"):
+    # The marks that stand on some node, and no others.
+    for word in ("float again", "still wrapped", "no partner"):
         expect(legend).to_contain_text(word)
+    for word in ("to leave in float", "a part is worse", "preview"):
+        expect(legend).not_to_contain_text(word)
+    small.look(excluded=["fourth"])
+    expect(legend).to_contain_text("to leave in float")
 
 
 @pytest.mark.slow

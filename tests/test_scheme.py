@@ -777,6 +777,7 @@ def test_counts_know_a_float_weight_behind_a_transpose(tmp_path: Path) -> None:
     assert counts.weight_dtypes == {"float32": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["qdq", "qoperator"])
 def test_twenty_thousand_nodes_are_read_in_time_that_grows_with_their_number(form: str) -> None:
     """Work, not seconds: how often a tensor is looked at, at two sizes."""

@@ -619,6 +619,7 @@ def test_a_constant_inside_a_body_is_found_in_the_other_models_body_or_main_grap
 # -- size --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_twenty_thousand_nodes_are_matched_in_seconds() -> None:
     def chain(letter: str) -> Model:
         names = ["x", *(f"{letter}{n}" for n in range(19_999)), "y"]

@@ -42,6 +42,14 @@ _PICTURE_BYTES = 24_000_000
 _DB_LIMITS = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 40.0, 50.0)
 _SHARE_LIMITS = (0.0001, 0.001, 0.01, 0.02, 0.05, 0.1)
 _MOST_FOUND = 200
+# What a node is ranked by, lowest worst, without the sheet.
+_OF_RECORDS: Mapping[str, Callable[[ActivationError], float | None]] = {
+    "accumulated": session.rank_of,
+    "local": lambda a: a.local_sqnr_db,
+    "isolated": lambda a: a.isolated_sqnr_db,
+    "added": lambda a: a.added_sqnr_db,
+    "saturated": lambda a: None if a.saturated_fraction is None else -a.saturated_fraction,
+}
 _SHEETS_KEPT = 4
 
 
@@ -139,7 +147,15 @@ def selected(view: View, drawing: Drawn) -> tuple[str, str]:
 
 
 def follow_address(view: View, drawing: Drawn) -> None:
-    """Selects the tensor of a node that a link named alone."""
+    """Goes where the address leads: to a node that is not in the neighbourhood drawn, or to the
+    tensor of a node that a link named alone."""
+    wanted = st.query_params.get("node", "") or view.node
+    known = drawing.links["float"].keys() | drawing.links["quantized"].keys()
+    if drawing.around and wanted and wanted not in known:
+        own = {a.node for a in view.comparison.activations}
+        if wanted in own and wanted != st.session_state.get(f"around-{view.run.id}"):
+            _centre(view.run.id, wanted)
+            st.rerun()
     side, node = selected(view, drawing)
     records = _records(view, drawing, side, node)
     if records and view.tensor not in {record.name for record in records}:
@@ -288,9 +304,26 @@ def _step(view: View, drawing: Drawn, measure: str) -> None:
     side, node = selected(view, drawing)
     if side != "float":
         node = next(iter(_float_nodes(drawing, side, [node])), "")
+    if drawing.around and measure in _OF_RECORDS:
+        _step_through_all(view, measure, node)
+        return
     found = node_figures.next_worst(drawing.sheet["sides"]["float"], measure, node)
     if found:
         select(view, drawing, "float", found)
+
+
+def _step_through_all(view: View, measure: str, node: str) -> None:
+    """The next worst of the whole model, where only a neighbourhood of it is drawn."""
+    figure = _OF_RECORDS[measure]
+    ranked = [(value, a) for a in view.comparison.activations
+              if a.node and (value := figure(a)) is not None]  # fmt: skip
+    ranked.sort(key=lambda pair: pair[0])
+    names = [a.node for _, a in ranked]
+    if not names:
+        return
+    record = ranked[(names.index(node) + 1) % len(names) if node in names else 0][1]
+    session.select_tensor(record.name)
+    st.query_params["node"] = record.node
 
 
 def _follow(view: View, drawing: Drawn, side: str, node: str) -> None:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pandas as pd
 import streamlit as st
@@ -259,9 +260,13 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
     key = f"{place}-{state['epoch']}"
 
     def rows(base: Sequence[str]) -> pd.DataFrame:
-        return tables.nodes(
+        found = tables.nodes(
             comparison, base, listed, selected=view.node, text=text, op_type=op_type
         )
+        # Addresses beside this page's own, so that they hold under any base path.
+        links = [f"graph?{urlencode({'run': view.run.id, 'node': n})}" for n in found["name"]]
+        found.insert(list(found.columns).index("node") + 1, "graph", links)
+        return found
 
     frame = rows(state["base"])
     edits = (st.session_state.get(key) or {}).get("edited_rows", {})

@@ -379,6 +379,9 @@ def node_columns() -> dict[str, Any]:
         "local": _db("Local", "What the output's own Q/DQ costs."),
         "weight": _db("Weight", "SQNR of the node's weight."),
         "tensor": text("Output tensor", width="medium"),
+        "graph": st.column_config.LinkColumn(
+            "Graph", width=52, display_text="show", help="This node on the graph, in a new tab."
+        ),
     }
 
 

@@ -29,7 +29,7 @@ def offer(view: View, found: Mapping[str, Any] | None) -> None:
     if found is not None:
         return
     st.button(
-        "Time nodes",
+        "Time",
         key="time-nodes",
         icon=":material/timer:",
         disabled=st.session_state.get(_ASKED) == view.run.id,

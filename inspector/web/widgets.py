@@ -489,7 +489,7 @@ def find_field(label: str = "Search") -> str:
             live=True,
             placeholder="Search (/)",
             label_visibility="collapsed",
-            width=170,
+            width=140,
         )
         or ""
     )
@@ -519,7 +519,7 @@ def op_field(op_types: Sequence[str]) -> str | None:
         bind="query-params",
         placeholder="Any op type",
         label_visibility="collapsed",
-        width=130,
+        width=116,
     )
 
 
