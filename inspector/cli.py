@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from inspector.comparison import Comparison, OutputError, Pin
     from inspector.exclusions import ExclusionEntry, ExclusionList
     from inspector.feeds import Feeds
+    from inspector.findings import Finding
     from inspector.model import Model
     from inspector.recipe import QuantConfig
 
@@ -451,7 +452,12 @@ def _states(states: Sequence[str], model: Model) -> tuple[tuple[str, str], ...]:
 
 
 def _report(
-    comparison: Comparison, *, json_file: str | None, csv_file: str | None, top: int
+    comparison: Comparison,
+    *,
+    json_file: str | None,
+    csv_file: str | None,
+    top: int,
+    findings: Sequence[Finding] | None = None,
 ) -> None:
     """Warnings to stderr, files where they are wanted, text to stdout unless a file goes there."""
     from inspector.render import comparison_csv, comparison_json, comparison_text, dump_json
@@ -459,7 +465,10 @@ def _report(
     for warning in comparison.warnings:
         _say("warning", warning)
     if json_file:
-        _write(json_file, dump_json(comparison_json(comparison)))
+        data = comparison_json(comparison)
+        if findings is not None:
+            data["findings"] = [each.to_json() for each in findings]
+        _write(json_file, dump_json(data))
     if csv_file:
         _write(csv_file, comparison_csv(comparison))
     if "-" not in (json_file, csv_file):
@@ -467,6 +476,31 @@ def _report(
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 160
         width = max(24, columns - 90)
         _print(comparison_text(comparison, top=top, name_width=width, warnings=False))
+        if findings:
+            _print("")
+            _print_findings(findings, top=_FINDINGS_BESIDE)
+
+
+# So many findings stand below a comparison; `diagnose` has them all.
+_FINDINGS_BESIDE = 3
+_SIGNS = {"problem": "●", "look": "▲", "note": "–"}
+
+
+def _print_findings(findings: Sequence[Finding], *, top: int) -> None:
+    """A line for what is wrong and one for what to do, most important first."""
+    from inspector.render import LONGEST_WORD, format_db, printable
+
+    shown = findings[:top]
+    for each in shown:
+        gain = each.evidence.get("output_gain_db")
+        _print(printable(f"{_SIGNS[each.severity]} {each.code}: {each.sentence}", LONGEST_WORD))
+        measured = ""
+        if gain is not None:
+            ends = (each.evidence["output_before_db"], each.evidence["output_after_db"])
+            measured = f" (measured: {' → '.join(map(format_db, ends))})"
+        _print(printable(f"  {each.remedy.say}{measured}", LONGEST_WORD))
+    if len(findings) > len(shown):
+        _print(f"and {len(findings) - len(shown)} more: quant-inspector diagnose lists them")
 
 
 def _with_paths(comparison: Comparison, float_model: str, quantized_model: str) -> Comparison:
@@ -530,6 +564,7 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
     is_flag=True,
     help="Also the error of each node alone and the error it adds; takes about twice as long.",
 )
+@click.option("--no-findings", is_flag=True, help="Leave out what the figures say is wrong.")
 def compare(
     float_model: str,
     quantized_model: str,
@@ -545,6 +580,7 @@ def compare(
     pins: tuple[str, ...],
     refuse: tuple[str, ...],
     isolated: bool,
+    no_findings: bool,
     **options: Any,
 ) -> int:
     """Where a quantized model departs from its float model, tensor by tensor."""
@@ -586,7 +622,13 @@ def compare(
             progress=progress,
         )
     comparison = _with_paths(comparison, float_model, quantized_model)
-    _report(comparison, json_file=json_file, csv_file=csv_file, top=top)
+    findings = None
+    if not no_findings:
+        from inspector.diagnosis import diagnose
+        from inspector.findings import case_of
+
+        findings = diagnose(case_of(comparison, reference, quantized))
+    _report(comparison, json_file=json_file, csv_file=csv_file, top=top, findings=findings)
     failures = (
         [] if fail_under is None else _gate(comparison.outputs, fail_under, simulated=simulated)
     )
@@ -1026,6 +1068,135 @@ def free(
     warnings = tuple(dict.fromkeys((*notes, *comparison.warnings)))
     comparison = _with_paths(comparison, float_model, output)
     _report(replace(comparison, warnings=warnings), json_file=json_file, csv_file=None, top=top)
+
+
+# ------------------------------------------------------------------------------- exclusions
+
+
+@cli.command()
+@click.argument("exclusion_list", metavar="LIST")
+@click.option(
+    "--model", "float_model", required=True, metavar="FLOAT", help="The float model it is for."
+)
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(["ort", "olive", "quark", "nncf", "modelopt"]),
+    help="The tool that shall take it: JSON for Olive, Python for the others.",
+)
+@click.option(
+    "-o", "--output", default="-", metavar="FILE", help="Write it there; default - for stdout."
+)
+@click.option(
+    "--accept-other-model", is_flag=True, help="Use a list that was made for another model."
+)
+def exclusions(
+    exclusion_list: str,
+    float_model: str,
+    target: str,
+    output: str,
+    accept_other_model: bool,
+) -> None:
+    """An exclusion list as another tool takes it, naming the same nodes."""
+    from inspector.exclusions import check_same_model, read_exclusions
+    from inspector.list_exports import export, needs_preparing
+    from inspector.model_files import load_model
+    from inspector.prepare import prepare
+    from inspector.recipe import QuantConfig
+    from inspector.render import printable
+    from inspector.store import Workspace, default_root
+
+    _keep_inputs([exclusion_list, float_model], [output])
+    held = read_exclusions(Path(exclusion_list))
+    model = load_model(float_model)
+    notes = [*model.notes, *check_same_model(held, model, accept_other_model)]
+    prepared = None
+    if needs_preparing(held, model, target):
+        with _progress("preparing"):
+            config = held.recipe or QuantConfig()
+            prepared = prepare(model, config, Workspace(default_root()).cache)
+    made = export(held, model, target, prepared=prepared)
+    for note in dict.fromkeys((*notes, *made.notes)):
+        _say("warning", note)
+    _write(output, made.text)
+    if output != "-":
+        _print(printable(f"wrote {output}"))
+
+
+# --------------------------------------------------------------------------------- diagnose
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.argument("quantized_model", metavar="QUANTIZED")
+@_FEEDS
+@_RUNS
+@click.option("--isolated", is_flag=True, help="Rank by the error each node adds; takes longer.")
+@_JSON
+@click.option(
+    "--recipe", metavar="FILE", help="What was asked for: JSON or a quantized model's own recipe."
+)
+@click.option("--no-preview", is_flag=True, help="Do not measure what remedies gain.")
+def diagnose(
+    float_model: str,
+    quantized_model: str,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    isolated: bool,
+    json_file: str | None,
+    recipe: str | None,
+    no_preview: bool,
+    **options: Any,
+) -> None:
+    """What broke a quantized model, with evidence, remedy and what the remedy gains."""
+    if not (options["inputs"] or options["random"]):
+        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    from inspector import diagnosis
+    from inspector.compare import compare_models
+    from inspector.findings import case_of
+    from inspector.live import surgery_gain
+    from inspector.model_files import load_model
+    from inspector.render import dump_json
+
+    _keep_inputs([float_model, quantized_model, recipe], [json_file])
+    reference, quantized = load_model(float_model), load_model(quantized_model)
+    carried = _states(states, reference)
+    asked = None if recipe is None else _read_recipe_file(recipe, reference).to_json()
+    feeds = _load_feeds(options, reference)
+    assert feeds is not None
+    with _progress("comparing") as progress:
+        comparison = compare_models(
+            reference,
+            quantized,
+            feeds,
+            mask=mask,
+            states=carried,
+            provider=provider,
+            isolated=isolated,
+            progress=progress,
+        )
+    comparison = _with_paths(comparison, float_model, quantized_model)
+    case = case_of(comparison, reference, quantized, asked)
+    with _progress("measuring remedies") as progress:
+        gain_of = None
+        if not no_preview:
+            gain_of = surgery_gain(case, feeds, mask=mask, states=carried, progress=progress)
+        findings = diagnosis.diagnose(case, gain_of=gain_of, progress=progress)
+    if json_file:
+        _write(json_file, dump_json({
+            "format": "quant-inspector/findings", "version": 1,
+            "float_model": float_model, "quantized_model": quantized_model,
+            "samples": comparison.samples, "findings": [each.to_json() for each in findings],
+        }))  # fmt: skip
+    if json_file != "-":
+        if findings:
+            _print_findings(findings, top=len(findings))
+        else:
+            _print("✓ no rule finds anything wrong")
+    for warning in comparison.warnings:
+        _say("warning", warning)
 
 
 # ------------------------------------------------------------------------------------ graph

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from inspector.calibration import calibrate
+from inspector.diagnosis import GainOf, diagnose, previewed_gain
 from inspector.errors import InspectorError
-from inspector.feeds import split_calibration
+from inspector.feeds import Feeds, split_calibration
+from inspector.findings import Case, case_of
 from inspector.matching import match_tensors
 from inspector.prepare import prepare
 from inspector.preview import Change, Preview, Previewer, RecipeSource, SurgerySource
 from inspector.quantize import extra_options
 from inspector.quantizer import UnplannableError
 from inspector.recipe import QuantConfig
-from inspector.render import strict
+from inspector.render import read_comparison, strict
 from inspector.runtime import Progress, no_progress, part_of
 from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
 from inspector.workbench import open_feeds, open_model, stamps_of
@@ -186,3 +188,68 @@ def _open_surgery(workspace: Workspace, pair: PairRecord, progress: Progress) ->
         )  # fmt: skip
 
     return _kept(_key(workspace, pair, [loaded.id, len(loaded.pins)]), make)
+
+
+def surgery_gain(
+    case: Case,
+    feeds: Feeds,
+    *,
+    mask: str = "",
+    states: Sequence[tuple[str, str]] = (),
+    progress: Progress = no_progress,
+) -> GainOf | None:
+    """What measures a remedy by freeing its nodes in this very file; None where none can be freed.
+
+    Args:
+        case: float model, quantized model and what matches.
+        feeds: at least one.
+        mask: the input that marks padding; "" for none.
+        states: (output, input) pairs that carry over from sample to sample.
+        progress: see `runtime.Progress`.
+
+    Raises:
+        RunError: the runtime refuses a feed.
+    """
+    models = case.float_model, case.quantized_model
+    try:
+        source = SurgerySource(*models, case.matching, feeds[0], tuple(states))
+        previewer = Previewer(
+            case.float_model, source, feeds, mask=mask, states=tuple(states), progress=progress
+        )
+        before = previewer.preview(())
+    except (InspectorError, UnplannableError):
+        return None
+    return previewed_gain(previewer, {o.name: o.worst_part_sqnr_db for o in before.outputs})
+
+
+FINDINGS_KEY = "findings"
+
+
+def diagnose_run(
+    root: Path, *, run_id: str, progress: Progress = no_progress
+) -> list[dict[str, Any]]:
+    """What is wrong with a run, as strict JSON (`Finding.to_json`), remedies measured.
+
+    Kept with the run until it is compared anew.
+    """
+    workspace = Workspace(root)
+    stamp = list(workspace.comparison_stamp(run_id))
+    kept = workspace.detail(run_id, FINDINGS_KEY)
+    if kept is not None and kept["stamp"] == stamp:
+        return list(kept["findings"])
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    progress(0.0, "reading the models")
+    float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
+    feeds = open_feeds(pair.inputs, float_model)
+    recipe = run.recipe if run.number > 0 and not made_by_surgery(run) else None
+    comparison = read_comparison(workspace.comparison(run_id))
+    case = case_of(comparison, float_model, quantized, recipe)
+    gain_of = surgery_gain(
+        case, feeds, mask=pair.options.mask, states=pair.options.states,
+        progress=part_of(progress, 0.1, 0.3),
+    )  # fmt: skip
+    found = diagnose(case, gain_of=gain_of, progress=part_of(progress, 0.3, 1.0))
+    result: list[dict[str, Any]] = strict([finding.to_json() for finding in found])
+    workspace.write_detail(run_id, FINDINGS_KEY, {"stamp": stamp, "findings": result})
+    return result

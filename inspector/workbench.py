@@ -34,6 +34,7 @@ from inspector.exclusions import (
     free_names,
     resolve,
 )
+from inspector.exclusions import from_json as exclusions_from_json
 from inspector.exclusions import to_json as exclusions_json
 from inspector.feeds import (
     CalibrationSplit,
@@ -43,8 +44,10 @@ from inspector.feeds import (
     random_feeds,
     split_calibration,
 )
+from inspector.findings import found_by_content
 from inspector.freed_file import write_freed
 from inspector.images import Preprocess
+from inspector.list_exports import export, needs_preparing
 from inspector.matching import ActivationPair, WeightPair, match_tensors
 from inspector.model import Model
 from inspector.model_files import load_model
@@ -851,6 +854,32 @@ def propose_free(
     return list(free_names(node, prepared, open_model(run.model.path), config))
 
 
+def export_exclusions(
+    root: Path, *, run_id: str, target: str, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """A run's exclusion list as another tool takes it: "text" of a file, and "notes" on it.
+
+    Args:
+        root: the workspace's folder.
+        run_id: the run.
+        target: one of `list_exports.TARGETS`.
+        progress: see `runtime.Progress`.
+    """
+    workspace = Workspace(root)
+    run = workspace.run(run_id)
+    pair = workspace.pair(run.pair_id)
+    model = open_model(pair.float_model.path)
+    listed = run.summary.get("exclusion_list")
+    held = exclusions_from_json(listed) if listed else None
+    what = run.exclusions if held is None else held
+    prepared = None
+    if held is not None and needs_preparing(held, model, target):
+        progress(0.1, "preparing the model")
+        prepared = prepare(model, held.recipe or QuantConfig(), workspace.cache)
+    made = export(what, model, target, prepared=prepared)
+    return {"text": made.text, "notes": list(made.notes)}
+
+
 def list_nodes(
     root: Path, *, run_id: str, progress: Progress = no_progress
 ) -> list[dict[str, Any]]:
@@ -909,7 +938,7 @@ def graph_of_run(
     workspace = Workspace(root)
     folder = workspace.run_folder(run_id) / "graph"
     comparison = read_comparison(workspace.comparison(run_id))
-    pins = (*comparison.pins, *_found_by_content(comparison))
+    pins = (*comparison.pins, *found_by_content(comparison))
     stamp = {"pins": [[pin.float_name, pin.quantized_name] for pin in pins]}
     kept = workspace.detail(run_id, GRAPH_KEY) or {}
     whole = tuple(folder / name for name in ("float.onnx", "quantized.onnx", "links.json"))
@@ -939,15 +968,6 @@ def graph_of_run(
 
 def _compact(links: Mapping[str, Any]) -> bytes:
     return json.dumps(links, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _found_by_content(comparison: Comparison) -> list[Pin]:
-    """What was matched by the values seen on the feeds, as if it were set by hand."""
-    return [
-        Pin(float_name=a.name, quantized_name=a.quantized_name)
-        for a in comparison.activations
-        if a.matched_by == "content"
-    ]
 
 
 def _models_of(workspace: Workspace, run_id: str) -> tuple[Model, Model]:
@@ -1051,7 +1071,7 @@ def inspect_tensor(
     pair = workspace.pair(run.pair_id)
     float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
     # What was matched by the values seen on the feeds is known from the comparison.
-    seen = _found_by_content(comparison)
+    seen = found_by_content(comparison)
     matching = match_tensors(float_model, quantized, pins=(*comparison.pins, *seen))
     progress(0.1, "reading the tensor")
     pairs: Sequence[ActivationPair | WeightPair] = (

@@ -6,7 +6,18 @@ import streamlit as st
 
 from inspector import figures
 from inspector.render import find_headline
-from inspector.web import basis, causes, facts, matches, session, style, tables, times, widgets
+from inspector.web import (
+    basis,
+    causes,
+    diagnosed,
+    facts,
+    matches,
+    session,
+    style,
+    tables,
+    times,
+    widgets,
+)
 
 PICTURE, MAP, TABLE = "depth", "causes", "tensors"
 
@@ -26,8 +37,7 @@ widgets.context_bar(view)
 widgets.sentence(headline.sentence, headline.severity)
 widgets.tiles(facts.overview_tiles(view, headline.output))
 
-parts = facts.uneven(comparison, headline.output)
-left, right = st.columns([1.75, 1], gap="small") if parts else (st.container(), None)
+left, right = st.columns([1.9, 1], gap="small")
 with left:
     if causes.choice(view) == causes.CAUSES:
         causes.cause_map(view, key=MAP)
@@ -47,9 +57,8 @@ with left:
             clickable=True,
             whole=partial(depth, most=None),
         )
-if right is not None and parts is not None:
-    with right:
-        widgets.parts_table(parts)
+with right:
+    diagnosed.panel(view, facts.uneven(comparison, headline.output), key="findings")
 basis.panel(view, key="basis")
 
 # get: what each node takes, where it was measured

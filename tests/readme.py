@@ -36,9 +36,10 @@ ORDER = (
         "switchboard",
         "quantize",
     ),
-    *("commands", "exclusions"),
+    *("commands", "exclusions", "list_exports"),
     *("quantized_flow", "float_constants", "sites", "free_targets", "freed_graph"),
     *("freed_effects", "rewrite", "freed_file", "preview", "recipe_table"),
+    *("findings", "weight_rules", "activation_rules", "diagnosis"),
     *("figures", "render", "node_figures", "store", "details", "workbench", "live", "jobs"),
     *("guard", "cli", "web"),
 )

@@ -1142,3 +1142,45 @@ def test_upstream_of_a_node_that_is_not_there_names_the_nearest(
     pair = [str(folder / "model.onnx"), str(folder / "ort_static_qdq.onnx")]
     assert main(["graph", *pair, "--random", "1", "--upstream", "Conv_99"]) == 2
     assert "there is no such node of either model" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- diagnose
+
+SILENT = ROOT / "sample_models" / "digit-detector"
+
+
+def test_the_diagnosis_of_the_silent_detector_names_the_join_and_what_the_remedy_gains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = [str(SILENT / "float.onnx"), str(SILENT / "quantized.onnx")]
+    feeds = ["--inputs", str(SILENT / "feeds"), "--samples", "4"]
+    assert main(["diagnose", *pair, *feeds, "--json", str(tmp_path / "d.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("● concat-shared-scale: ")
+    assert "  Leave the Concat and what is quantized behind it in float. (measured: " in out
+    first = json.loads((tmp_path / "d.json").read_text())["findings"][0]
+    assert (first["code"], first["severity"], first["node"]) == (
+        "concat-shared-scale", "problem", "/head/Concat_3",
+    )  # fmt: skip
+    assert first["evidence"]["output_after_db"] > first["evidence"]["output_before_db"] + 10
+    # The freed file has the figure that was measured.
+    freed = tmp_path / "freed.onnx"
+    names = [w for n in first["remedy"]["exclude"] for w in ("--exclude", n)]
+    report = tmp_path / "f.json"
+    assert main(["free", *pair, "-o", str(freed), *names, *feeds, "--json", str(report)]) == 0
+    (output,) = json.loads(report.read_text())["outputs"]
+    worst = min(float(each["sqnr_db"]) for each in output["slices"])
+    assert worst == pytest.approx(first["evidence"]["output_after_db"], abs=1e-6)
+
+
+def test_a_comparison_holds_its_findings_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    pair = [str(SILENT / "float.onnx"), str(SILENT / "quantized.onnx")]
+    words = ["compare", *pair, "--inputs", str(SILENT / "feeds"), "--samples", "2"]
+    report = tmp_path / "c.json"
+    assert main([*words, "--json", str(report)]) == 0
+    (found, *_) = json.loads(report.read_text())["findings"]
+    assert found.keys() == {
+        "code", "severity", "node", "tensor", "sentence", "evidence", "remedy",
+    }  # fmt: skip
+    assert main([*words, "--json", str(report), "--no-findings"]) == 0
+    assert "findings" not in json.loads(report.read_text())

@@ -14,7 +14,8 @@ from inspector.live import preview_list
 from inspector.recipe import QuantConfig
 from inspector.render import read_comparison, read_number
 from inspector.store import FeedSource, Workspace, made_by_surgery
-from inspector.workbench import free_in_file, load_pair, requantize
+from inspector.web.tasks import load_sample
+from inspector.workbench import free_in_file, isolate, load_pair, requantize
 from tests.samples import MODELS, conv_relu_gemm, needs_models, npz_folder, rng, save
 
 
@@ -194,3 +195,18 @@ def test_surgery_is_previewed_and_confirmed(
     assert record.summary["commands"]["inspector"].startswith("quant-inspector free ")
     assert free_in_file(root, run_id=run_id, exclude=nodes[:3]) == new
     assert free_in_file(root, run_id=new, exclude=[]) == run_id
+
+
+def test_findings_are_kept_until_the_run_is_compared_anew(tmp_path: Path) -> None:
+    run_id = load_sample(tmp_path, "digit-detector", progress=lambda *_: None)
+    first = live.diagnose_run(tmp_path, run_id=run_id)
+    assert first[0]["code"] == "concat-shared-scale"
+    told: list[str] = []
+    again = live.diagnose_run(
+        tmp_path, run_id=run_id, progress=lambda _fraction, message: told.append(message)
+    )
+    assert again == first
+    assert not told
+    isolate(tmp_path, run_id=run_id)
+    live.diagnose_run(tmp_path, run_id=run_id, progress=lambda _, message: told.append(message))
+    assert told

@@ -1105,3 +1105,29 @@ def test_a_search_is_words_or_a_regular_expression() -> None:
     assert graphs.matches("/^conv$/", "/head/other", "Conv")
     assert not graphs.matches("/^head/", "/head/other", "Conv")
     assert not graphs.matches("/(/", "(", "Conv")
+
+
+# ── findings ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_overview_names_the_cause_and_its_remedy_is_ticked_and_taken_back(
+    loaded: Workspace,
+) -> None:
+    run = loaded.runs(loaded.current_pair() or "")[0].id
+    test = app("overview", run=run)
+    wait(test, lambda page: any(b.key == "findings-0-apply" for b in page.button))
+    assert "**concat-shared-scale** `/head/Concat_3`" in words(test)
+    assert re.search(r"Measured, 1 node in float: 0\.0 dB → \d+\.\d dB", words(test))
+    test.button(key="findings-0-apply").click().run()
+    assert "/head/Concat_3" in loaded.draft(loaded.current_pair() or "")["nodes"]
+    assert test.button(key="findings-0-apply").label == "Undo"
+    test.button(key="findings-0-apply").click().run()
+    assert "/head/Concat_3" not in loaded.draft(loaded.current_pair() or "")["nodes"]
+
+
+def test_the_list_is_written_for_another_tool(loaded: Workspace) -> None:
+    test = app("exclusions", run=last_run(loaded))
+    key = f"export-{last_run(loaded)}"
+    test.segmented_control(key=key).set_value("nncf").run()
+    wait(test, lambda page: "IgnoredScope" in words(page))
+    assert "/head/Concat_3" in words(test)

@@ -702,6 +702,8 @@ def take_along(view: View) -> None:
             key="take-recipe",
             help="For quant-inspector quantize --recipe recipe.json",
         )
+    if run.exclusions:
+        _other_tools(view, stem)
     commands = run.summary.get("commands") or {}
     if not commands:
         st.caption("The loaded file has no command: Re-quantize makes a run that has.")
@@ -714,3 +716,53 @@ def take_along(view: View) -> None:
         if commands.get(key):
             st.caption(label)
             st.code(str(commands[key]), language=language, wrap_lines=True)
+
+
+# What `list_exports` writes for, by name, with the suffix of the file.
+_TOOLS = {
+    "ort": ("ONNX Runtime", "py"),
+    "olive": ("Olive", "json"),
+    "quark": ("AMD Quark", "py"),
+    "nncf": ("NNCF", "py"),
+    "modelopt": ("NVIDIA ModelOpt", "py"),
+}
+
+
+def _other_tools(view: View, stem: str) -> None:
+    """The run's list in another tool's format."""
+    target = st.segmented_control(
+        "The list for another tool",
+        list(_TOOLS),
+        format_func=lambda name: _TOOLS[name][0],
+        key=f"export-{view.run.id}",
+    )
+    if target is None:
+        return
+    answer = session.ask(
+        ("export", view.run.id, target),
+        tasks.export_exclusions,
+        session.root(),
+        run_id=view.run.id,
+        target=target,
+        title="Writing the list",
+        patience=0.6,
+    )
+    if answer.job is not None:
+        widgets.waiting(answer.job, height=90, key="export")
+        return
+    if answer.error is not None:
+        widgets.error(answer.error)
+        return
+    name, suffix = _TOOLS[target]
+    for note in answer.value["notes"][:3]:
+        st.caption(words.md_text(str(note)))
+    st.code(answer.value["text"], language="python" if suffix == "py" else "json", height=180)
+    st.download_button(
+        f"Download for {name}",
+        data=answer.value["text"],
+        file_name=f"{stem}-{target}.{suffix}",
+        mime="text/plain",
+        on_click="ignore",
+        icon=":material/download:",
+        key="export-download",
+    )

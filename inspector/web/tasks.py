@@ -125,11 +125,25 @@ def propose_free(root: Path, **arguments: Any) -> list[str]:
     return workbench.propose_free(root, **arguments)
 
 
+def export_exclusions(root: Path, **arguments: Any) -> dict[str, Any]:
+    """A run's list as another tool takes it. Arguments as `workbench.export_exclusions`."""
+    from inspector import workbench
+
+    return workbench.export_exclusions(root, **arguments)
+
+
 def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     """The nodes that an exclusion list can name. Arguments as `workbench.list_nodes`."""
     from inspector import workbench
 
     return workbench.list_nodes(root, **arguments)
+
+
+def diagnose_run(root: Path, **arguments: Any) -> list[dict[str, Any]]:
+    """What is wrong with a run. Arguments as `live.diagnose_run`."""
+    from inspector import live
+
+    return live.diagnose_run(root, **arguments)
 
 
 def graph_of_run(root: Path, **arguments: Any) -> dict[str, Any]:

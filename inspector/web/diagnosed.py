@@ -1,0 +1,115 @@
+"""What is wrong with the run that is shown, with the button that applies the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from inspector.comparison import ActivationError, OutputError
+from inspector.render import format_db, read_number, shorten_name
+from inspector.web import session, tasks, widgets, words
+from inspector.web.session import View
+
+# As high as the picture beside it, with the choice of pictures.
+HEIGHT = 382
+# Further ones are folded away.
+_SHOWN = 3
+_COLORS = {"problem": "red", "look": "orange", "note": "gray"}
+_MARKS = {"problem": "●", "look": "▲", "note": "–"}
+
+
+def panel(view: View, parts: OutputError | ActivationError | None, *, key: str) -> None:
+    """The most important findings of the run; while they are looked for, how far that is.
+
+    Args:
+        view: what is shown.
+        parts: a tensor whose parts are shown below them; None for none.
+        key: of the element.
+    """
+    answer = session.ask(
+        ("findings", view.run.id, session.workspace().comparison_stamp(view.run.id)),
+        tasks.diagnose_run,
+        session.root(),
+        run_id=view.run.id,
+        title="Looking for causes",
+        role="looking",
+        patience=0.3,
+    )
+    with st.container(key=key, gap="xsmall", border=True, height=HEIGHT):
+        if answer.job is not None:
+            widgets.waiting(answer.job, height=HEIGHT - 60, key="findings")
+            return
+        if answer.error is not None:
+            widgets.error(answer.error)
+            return
+        found = list(answer.value or ())
+        shown = [each for each in found if each["severity"] != "note"][:_SHOWN]
+        if not shown:
+            st.markdown(":green[✓] **No rule finds a cause to put right.**")
+        for place, each in enumerate(shown):
+            _row(view, each, key=f"{key}-{place}")
+        if parts is not None:
+            widgets.parts_table(parts)
+        rest = [each for each in found if each not in shown]
+        if rest:
+            with st.expander(widgets.count(len(rest), "more finding"), key=f"{key}-rest"):
+                for place, each in enumerate(rest):
+                    _row(view, each, key=f"{key}-rest-{place}")
+
+
+def _row(view: View, finding: Mapping[str, Any], *, key: str) -> None:
+    severity, node = str(finding["severity"]), str(finding["node"])
+    sign = f":{_COLORS[severity]}[{_MARKS[severity]}]"
+    where = f" {words.md_code(shorten_name(node, 22))}" if node else ""
+    gain = _measured(finding)
+    with st.container(key=key, gap="xsmall"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", wrap=False):
+            st.markdown(f"{sign} **{words.md_text(str(finding['code']))}**{where}", width="stretch")
+            _apply(view, finding, key=f"{key}-apply")
+        st.caption(
+            f"{words.md_text(str(finding['sentence']))} "
+            f"**{words.md_text(str(finding['remedy'].get('say', '')))}**"
+            + (f" {words.md_text(gain)}" if gain else "")
+        )
+
+
+def _measured(finding: Mapping[str, Any]) -> str:
+    """What leaving the nodes in float gave, as it was measured."""
+    evidence = finding["evidence"]
+    if "output_gain_db" not in evidence:
+        return ""
+    ends = (read_number(evidence[f"output_{end}_db"]) for end in ("before", "after"))
+    nodes = len(finding["remedy"].get("exclude", ()))
+    what = f"{widgets.count(nodes, 'node')} in float" if nodes else "the other range"
+    return f"Measured, {what}: {' → '.join(map(format_db, ends))}."
+
+
+def _apply(view: View, finding: Mapping[str, Any], *, key: str) -> None:
+    """Ticks what the remedy leaves in float and keeps its ranges, or takes both back."""
+    nodes = tuple(map(str, finding["remedy"].get("exclude", ())))
+    grids = [dict(each) for each in finding["remedy"].get("overrides", ())]
+    if not nodes and not grids:
+        return
+    draft = session.draft(view.pair.id, view.run.exclusions)
+    kept = [str(each.get("tensor")) for each in session.overrides(view)]
+    applied = set(nodes) <= set(draft.nodes) and all(str(g["tensor"]) in kept for g in grids)
+
+    def act() -> None:
+        if nodes:
+            rest = tuple(n for n in draft.nodes if n not in nodes)
+            ticked = tuple(dict.fromkeys((*draft.nodes, *nodes)))
+            session.tick(view.pair.id, draft, rest if applied else ticked)
+        for grid in grids:
+            session.set_override(view, str(grid["tensor"]), None if applied else grid)
+
+    st.button(
+        "Undo" if applied else "Leave in float" if nodes else "Set range",
+        key=key,
+        on_click=act,
+        help="Takes it back"
+        if applied
+        else "Ticks the nodes, or keeps the range, for the next "
+        "run: the exclusions page previews it and makes the file.",
+    )
