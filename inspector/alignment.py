@@ -317,16 +317,19 @@ class _Aligner(Likeness):
             return
         aliases = self.transposed(twin.root, twin.permutation)
         exact = next((root for root, permutation in aliases if permutation is None), "")
+        found: list[tuple[tuple[Any, ...], Op]] = []
         for reader in self.q.readers.get(exact, ()):
-            if reader.kind != "Reshape":
-                continue
-            key = key_of(op, [reader.outputs[0], "="])
-            free = [q for q in self.index.get(key, ()) if q not in self.taken]
-            if free:
-                # Values of another shape: nothing of the operands but their weights is the same.
-                self.reshaped.add(op)
-                self.wait(op, key)
-                return
+            if reader.kind == "Reshape":
+                key = key_of(op, [reader.outputs[0], "="])
+                found += [(key, q) for q in self.index.get(key, ()) if q not in self.taken]
+        if not found:
+            return
+        if len({key for key, _ in found}) > 1:
+            # Each Gemm has a Reshape of its own, so that the operand does not tell them apart.
+            found.sort(key=lambda c: (-self.name_score(op, c[1]), -self.content_score(op, c[1])))
+        # Values of another shape: nothing of the operands but their weights is the same.
+        self.reshaped.add(op)
+        self.wait(op, found[0][0])
 
     def transpose(self, op: Op, twin: Twin) -> None:
         """A float Transpose that the quantized model does elsewhere, or not at all."""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import QuantType
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 
 from inspector.activation_rules import ACTIVATION_RULES
 from inspector.comparison import Comparison, Latency
@@ -39,6 +39,7 @@ from tests.samples import (
     floats,
     model,
     qdq_of,
+    save,
 )
 
 Change = Callable[[Comparison], Comparison]
@@ -133,7 +134,7 @@ def graded(folder: Path, gain: float, scores: float | None) -> Pair:
 
 
 def test_a_part_that_was_drowned_before_the_concat_does_not_accuse_it(tmp_path: Path) -> None:
-    case = case_of(graded(tmp_path, 10, 150))
+    case = case_of(graded(tmp_path, 10, 250))
     record = activation_of(case.comparison, "y")
     part = record.slices[1]
     assert part.sqnr_db < 10
@@ -196,19 +197,32 @@ def test_finite_values_are_not_told(tmp_path: Path) -> None:
     assert found(case_of(root(1.0, tmp_path)), "nan") == []
 
 
-def normalized(spread: float, folder: Path) -> Pair:
+def normalized(spread: float, folder: Path, way: str = "Sqrt") -> Pair:
     """y = x / sqrt(mean(x^2)) in parts; the samples differ by `spread`."""
+    parts = {
+        "Sqrt": [("Sqrt", ["m"], "d", "root"), ("Div", ["x", "d"], "y", "div")],
+        "Pow": [("Pow", ["m", "half"], "d", "root"), ("Div", ["x", "d"], "y", "div")],
+        "Reciprocal": [
+            ("Sqrt", ["m"], "d", "root"), ("Reciprocal", ["d"], "r", "inverse"),
+            ("Mul", ["x", "r"], "y", "product"),
+        ],
+        "negative Pow": [
+            ("Pow", ["m", "minus"], "r", "inverse"), ("Mul", ["x", "r"], "y", "product"),
+        ],
+        "square": [("Pow", ["m", "two"], "r", "squared"), ("Sub", ["x", "r"], "y", "less")],
+    }[way]  # fmt: skip
+    constants_of = {"half": 0.5, "minus": -0.5, "two": 2.0}
     proto = model(
         [
             helper.make_node("Mul", ["x", "x"], ["sq"], "square"),
             helper.make_node("ReduceMean", ["sq"], ["m"], "mean", axes=[1]),
-            helper.make_node("Sqrt", ["m"], ["d"], "root"),
-            helper.make_node("Div", ["x", "d"], ["y"], "div"),
+            *(helper.make_node(kind, given, [made], name) for kind, given, made, name in parts),
         ],
         [("x", [1, 16])], [("y", [1, 16])],
+        [array(n, np.float32(v)) for n, v in constants_of.items() if any(n in p[1] for p in parts)],
     )  # fmt: skip
     feeds = [{"x": floats((1, 16), 1)}, {"x": floats((1, 16), 2, spread)}]
-    kinds = ["Mul", "ReduceMean", "Sqrt", "Div"]
+    kinds = ["Mul", "ReduceMean", *(p[0] for p in parts)]
     return static(
         folder, proto, feeds, op_types_to_quantize=kinds, activation_type=QuantType.QUInt8,
     )  # fmt: skip
@@ -236,6 +250,21 @@ def test_a_divisor_that_rounds_to_zero_is_named_with_its_chain(tmp_path: Path) -
     # The quantized divisor really is 0.
     assert min(v.min() for v in pair.tensor("q", "d_DequantizeLinear_Output")) == 0
     assert findings[0].remedy.exclude == ("square", "mean", "root", "div")
+
+
+@pytest.mark.parametrize(("way", "chain"), [
+    ("Pow", ("square", "mean", "root", "div")),
+    ("Reciprocal", ("square", "mean", "root", "inverse", "product")),
+    ("negative Pow", ("square", "mean", "inverse")),
+])  # fmt: skip
+def test_other_ways_to_divide_are_known(tmp_path: Path, way: str, chain: tuple[str, ...]) -> None:
+    finding = found(case_of(normalized(1e-4, tmp_path, way)), "divisor-zero")[0]
+    assert finding.tensor == "m"
+    assert finding.remedy.exclude == chain
+
+
+def test_a_square_is_no_division(tmp_path: Path) -> None:
+    assert found(case_of(normalized(1e-4, tmp_path, "square")), "divisor-zero") == []
 
 
 def test_a_divisor_well_above_a_step_is_left_alone(tmp_path: Path) -> None:
@@ -351,14 +380,23 @@ def test_a_third_of_a_range_is_not_too_wide(tmp_path: Path) -> None:
     assert found(case, "too-wide") == []
 
 
-def test_half_a_range_and_pinned_ones_are_not_too_wide(tmp_path: Path) -> None:
-    """Symmetric int8 of a Relu uses half the codes; Softmax is pinned to [0, 1]."""
-    proto = conv_relu_gemm()
-    graph = proto.graph
-    graph.node[-1].output[0] = "l"
-    graph.node.append(helper.make_node("Softmax", ["l"], ["y"], "softmax"))
-    pair = static(tmp_path, proto, IMAGES, extra_options={"ActivationSymmetric": True})
-    assert found(case_of(pair), "too-wide") == []
+def test_pinned_and_shared_ranges_are_not_too_wide(tmp_path: Path) -> None:
+    """A Softmax over many classes is pinned to [0, 1], and a pool keeps the scale it reads."""
+    proto = model(
+        [
+            helper.make_node("Softmax", ["x"], ["s"], "softmax"),
+            helper.make_node("MaxPool", ["s"], ["m"], "pool", kernel_shape=[1]),
+            helper.make_node("Neg", ["m"], ["y"], "negated"),
+        ],
+        [("x", [1, 1, 64])], [("y", [1, 1, 64])],
+    )  # fmt: skip
+    case = case_of(static(tmp_path, proto, [{"x": floats((1, 1, 64), s, 0.5)} for s in range(2)]))
+    for name in "sm":
+        record = activation_of(case.comparison, name)
+        assert record.observed_high < 0.25 * (record.representable_high or 0)
+        assert record.local_sqnr_db is not None
+    assert activation_of(case.comparison, "s").local_sqnr_db < 30
+    assert found(case, "too-wide") == []
 
 
 # -- deployed against simulated ----------------------------------------------------------------
@@ -445,6 +483,34 @@ def test_islands_without_integer_kernels_are_listed(tmp_path: Path) -> None:
 
 def test_nodes_with_integer_kernels_are_no_islands(tmp_path: Path) -> None:
     assert found(case_of(elementwise(tmp_path, "Sigmoid")), "slower") == []
+
+
+def test_convolutions_with_ranges_at_run_time_are_told(tmp_path: Path) -> None:
+    save(conv_relu_gemm(), tmp_path / "f.onnx")
+    quantize_dynamic(
+        tmp_path / "f.onnx", tmp_path / "q.onnx", op_types_to_quantize=["Conv"],
+        weight_type=QuantType.QUInt8,
+    )  # fmt: skip
+    finding = one(case_of(Pair(folder=tmp_path, feeds=IMAGES)), "slower")
+    assert (finding.node, finding.evidence) == ("conv", {"conv_integer_nodes": 1})
+
+
+@pytest.mark.parametrize(("kind", "told"), [(QuantType.QInt8, 1), (QuantType.QUInt8, 0)])
+def test_signed_activations_in_qoperator_files_are_told(
+    tmp_path: Path, kind: QuantType, told: int
+) -> None:
+    pair = static(
+        tmp_path, conv_relu_gemm(), IMAGES, quant_format=QuantFormat.QOperator, activation_type=kind
+    )
+    findings = found(case_of(pair), "slower")
+    assert len(findings) == told
+    assert [f.remedy.recipe for f in findings] == [{"activation_type": "uint8"}] * told
+
+
+def test_a_model_that_was_measured_to_be_faster_has_nothing_slow(tmp_path: Path) -> None:
+    pair = elementwise(tmp_path, "Tanh")
+    assert found(timed(pair, 0.0019), "slower") == []
+    assert len(found(timed(pair, 0.003), "slower")) == 1
 
 
 # -- batches and samples -----------------------------------------------------------------------

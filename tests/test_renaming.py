@@ -16,7 +16,7 @@ from inspector.feeds import load_feeds
 from inspector.matching import Matching, match_tensors
 from inspector.model import Model
 from inspector.model_files import load_model
-from tests.samples import MODELS, needs_models
+from tests.samples import MODELS, ROOT, needs_models
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -228,3 +228,35 @@ def test_names_that_belong_to_other_tensors_change_nothing(folder: str, twin: st
     matching = match_tensors(one, other)
     assert_same(told(matching, mine[0], its[0], mine[1], its[1]), expected)
     assert any("names were not used" in note for note in matching.notes)
+
+
+# -- attention: three products of one operand, each between Reshapes of its own -------------------
+
+ATTENTION = ROOT / "sample_models" / "digit-transformer"
+
+
+def products(matching: Matching) -> dict[str, str]:
+    """The quantized weight of each product of the float model."""
+    return {w.name: w.quantized_name for w in matching.weights if w.node.op_type == "MatMul"}
+
+
+def test_query_and_key_are_not_taken_for_each_other() -> None:
+    float_model = load_model(ATTENTION / "float.onnx")
+    quantized = load_model(ATTENTION / "quantized.onnx")
+    found = products(match_tensors(float_model, quantized))
+    assert len(found) >= 19
+    assert found == {name: f"{name}_quantized" for name in found}
+
+
+@pytest.mark.parametrize("side", ["float", "quantized"])
+def test_without_names_query_and_key_are_told_apart_by_their_weights(side: str) -> None:
+    float_model = load_model(ATTENTION / "float.onnx")
+    quantized = load_model(ATTENTION / "quantized.onnx")
+    expected = products(match_tensors(float_model, quantized))
+    if side == "float":
+        float_model, tensors, _ = renamed(float_model, seed=1, prefix="f")
+        found = {tensors[k]: v for k, v in products(match_tensors(float_model, quantized)).items()}
+    else:
+        quantized, tensors, _ = renamed(quantized, seed=2, prefix="q")
+        found = {k: tensors[v] for k, v in products(match_tensors(float_model, quantized)).items()}
+    assert found == expected
