@@ -49,13 +49,6 @@ def _name(text: str) -> str:
     return printable(text, 80)
 
 
-def _kind(node: Node | None, record: ActivationError) -> str:
-    """E.g. "Concat /head/Concat_3"; "input x" for a graph input."""
-    if node is None or not record.node:
-        return f"input {_name(record.name)}"
-    return f"{record.op_type} {_name(record.node)}"
-
-
 class Lookups:
     """Look-ups of one case.
 
@@ -1187,7 +1180,7 @@ def _to_divisor(model: Model, tensor: str, hops: int = _HOPS) -> list[str] | Non
         exponent = _exponent(model, node) if node.inputs[:1] == (tensor,) else math.nan
         if divides or node.op_type in ("Reciprocal", "Log") or exponent < 0:
             return [node.name]
-        if node.op_type in ("Sqrt", *_CARRIES) or 0 < exponent < 1:
+        if node.op_type in ("Sqrt", *_CARRIES) or exponent > 0:
             further = _to_divisor(model, node.outputs[0], hops - 1)
             if further is not None:
                 return [node.name, *further]

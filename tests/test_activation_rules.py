@@ -209,6 +209,9 @@ def normalized(spread: float, folder: Path, way: str = "Sqrt") -> Pair:
         "negative Pow": [
             ("Pow", ["m", "minus"], "r", "inverse"), ("Mul", ["x", "r"], "y", "product"),
         ],
+        "divided square": [
+            ("Pow", ["m", "two"], "r", "squared"), ("Div", ["x", "r"], "y", "div"),
+        ],
         "square": [("Pow", ["m", "two"], "r", "squared"), ("Sub", ["x", "r"], "y", "less")],
     }[way]  # fmt: skip
     constants_of = {"half": 0.5, "minus": -0.5, "two": 2.0}
@@ -256,6 +259,7 @@ def test_a_divisor_that_rounds_to_zero_is_named_with_its_chain(tmp_path: Path) -
     ("Pow", ("square", "mean", "root", "div")),
     ("Reciprocal", ("square", "mean", "root", "inverse", "product")),
     ("negative Pow", ("square", "mean", "inverse")),
+    ("divided square", ("square", "mean", "squared", "div")),
 ])  # fmt: skip
 def test_other_ways_to_divide_are_known(tmp_path: Path, way: str, chain: tuple[str, ...]) -> None:
     finding = found(case_of(normalized(1e-4, tmp_path, way)), "divisor-zero")[0]

@@ -33,7 +33,13 @@ from inspector.prepare import prepare
 from inspector.preview import Previewer, RecipeSource, SurgerySource
 from inspector.recipe import QuantConfig
 from tests.known_pairs import IMAGES, Reader, db, static
-from tests.samples import ROOT, boxes_and_scores_in_one_concat, conv_relu_gemm
+from tests.samples import (
+    MODELS,
+    ROOT,
+    boxes_and_scores_in_one_concat,
+    conv_relu_gemm,
+    needs_models,
+)
 from tests.test_activation_rules import PICTURES, case_of, normalized, spoilt
 
 SAMPLES = ROOT / "sample_models"
@@ -52,13 +58,12 @@ def make(
 # -- the bundled pairs -------------------------------------------------------------------------
 
 
-class Bundled:
-    """A bundled pair compared on some of its feeds, with previews of surgery on its file."""
+class Opened:
+    """A pair compared on some of its feeds, with previews of surgery on its file."""
 
-    def __init__(self, name: str, feeds: str, limit: int) -> None:
-        folder = SAMPLES / name
-        self.models = load_model(folder / "float.onnx"), load_model(folder / "quantized.onnx")
-        self.feeds: Feeds = load_feeds(folder / feeds, self.models[0], limit=limit)
+    def __init__(self, float_path: Path, quantized_path: Path, feeds: Path, limit: int) -> None:
+        self.models = load_model(float_path), load_model(quantized_path)
+        self.feeds: Feeds = load_feeds(feeds, self.models[0], limit=limit)
         matching = match_tensors(*self.models)
         comparison = compare_models(
             *self.models, self.feeds, measure_latency=False, explain_deployed=False, isolated=True
@@ -73,20 +78,34 @@ class Bundled:
         self.before = {o.name: o.worst_part_sqnr_db for o in whole.outputs}
         self.gain_of = previewed_gain(self.previewer, self.before)
 
+    def problems(self) -> list[Finding]:
+        found = diagnose(self.case, gain_of=self.gain_of)
+        return [f for f in found if f.severity == PROBLEM]
+
+
+def bundled(name: str, feeds: str, limit: int) -> Opened:
+    folder = SAMPLES / name
+    return Opened(folder / "float.onnx", folder / "quantized.onnx", folder / feeds, limit)
+
+
+def real(name: str) -> Opened:
+    folder = MODELS / name
+    return Opened(folder / "model.onnx", folder / "ort_static_qdq.onnx", folder / "inputs", 3)
+
 
 @cache
-def detector() -> Bundled:
-    return Bundled("digit-detector", "feeds", 3)
+def detector() -> Opened:
+    return bundled("digit-detector", "feeds", 3)
 
 
 @cache
-def transformer() -> Bundled:
-    return Bundled("digit-transformer", "feeds.npz", 16)
+def transformer() -> Opened:
+    return bundled("digit-transformer", "feeds.npz", 16)
 
 
 def test_the_bundled_detectors_silent_scores_come_first() -> None:
-    bundled = detector()
-    first, *_ = diagnose(bundled.case, gain_of=bundled.gain_of)
+    opened = detector()
+    first, *_ = diagnose(opened.case, gain_of=opened.gain_of)
     assert (first.code, first.node, first.severity) == (
         "concat-shared-scale", "/head/Concat_3", PROBLEM,
     )  # fmt: skip
@@ -106,9 +125,32 @@ def test_unmeasured_the_silent_scores_are_worth_a_look() -> None:
 
 
 def test_the_bundled_transformer_has_no_problem() -> None:
-    bundled = transformer()
-    findings = diagnose(bundled.case, gain_of=bundled.gain_of)
-    assert [f for f in findings if f.severity == PROBLEM] == []
+    assert transformer().problems() == []
+
+
+@needs_models
+def test_on_a_healthy_real_model_there_is_no_problem() -> None:
+    assert real("ultraface-rfb320").problems() == []
+
+
+@needs_models
+def test_on_magika_the_first_normalization_is_accused() -> None:
+    """The very module of the shortest known list; its division overflows."""
+    problems = real("magika").problems()
+    assert {f.node.split("/")[3] for f in problems} == {"LayerNorm_0"}
+    assert max(f.evidence["output_gain_db"] for f in problems) > 20
+    (divisor,) = [f for f in problems if f.code == "divisor-zero"]
+    assert [said.split(" at ")[0] for said in divisor.evidence["also"]] == ["nan"]
+
+
+@needs_models
+@pytest.mark.slow
+def test_on_minilm_the_large_channel_of_the_stream_is_one_problem() -> None:
+    (problem,) = real("minilm-l6").problems()
+    assert problem.code == "outlier"
+    assert problem.evidence["channel"] == 99
+    assert len(problem.evidence["tensors"]) > 10
+    assert problem.evidence["output_gain_db"] > 5
 
 
 # -- gains -------------------------------------------------------------------------------------
@@ -173,28 +215,28 @@ def test_grids_set_by_hand_are_measured_with_the_recipe(tmp_path: Path) -> None:
 
 
 def test_names_that_surgery_refuses_are_not_measured() -> None:
-    bundled = transformer()
-    names = [n.name for n in bundled.case.float_model.nodes]
-    refused = dict(bundled.previewer.source.change(names, None).refused)
+    opened = transformer()
+    names = [n.name for n in opened.case.float_model.nodes]
+    refused = dict(opened.previewer.source.change(names, None).refused)
     name = next(iter(refused))
-    assert bundled.gain_of(Remedy(say="Free it.", exclude=(name,))) is None
+    assert opened.gain_of(Remedy(say="Free it.", exclude=(name,))) is None
     free = next(n for n in names if n not in refused)
-    assert bundled.gain_of(Remedy(say="Free both.", exclude=(name, free))) is not None
+    assert opened.gain_of(Remedy(say="Free both.", exclude=(name, free))) is not None
 
 
 def test_the_output_that_gains_most_below_thirty_decibels_is_measured() -> None:
-    bundled = detector()
+    opened = detector()
     remedy = Remedy(say="Free it.", exclude=("/head/Concat_3",))
-    gain_of = previewed_gain(bundled.previewer, {"output0": 40.0})
+    gain_of = previewed_gain(opened.previewer, {"output0": 40.0})
     assert gain_of(remedy) is not None
-    assert previewed_gain(bundled.previewer, {"other": 3.0})(remedy) is None
+    assert previewed_gain(opened.previewer, {"other": 3.0})(remedy) is None
 
 
 def test_the_runs_own_list_stays_in_force() -> None:
-    bundled = detector()
-    own = previewed_gain(bundled.previewer, bundled.before, exclude=["/head/Concat_3"])
+    opened = detector()
+    own = previewed_gain(opened.previewer, opened.before, exclude=["/head/Concat_3"])
     measured = own(Remedy(say="Free it.", exclude=("/head/Sigmoid",)))
-    alone = bundled.gain_of(Remedy(say="Free it.", exclude=("/head/Sigmoid",)))
+    alone = opened.gain_of(Remedy(say="Free it.", exclude=("/head/Sigmoid",)))
     assert measured is not None
     assert alone is not None
     assert measured["after_db"] > alone["after_db"] + 15
@@ -365,14 +407,14 @@ def test_progress_is_told_and_can_stop(spoilt_case: Case) -> None:
 
 
 def test_a_stopped_preview_stops_the_diagnosis() -> None:
-    bundled = detector()
+    opened = detector()
 
     def stop(_fraction: float, _message: str) -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
         diagnose(
-            bundled.case, gain_of=previewed_gain(bundled.previewer, bundled.before, progress=stop)
+            opened.case, gain_of=previewed_gain(opened.previewer, opened.before, progress=stop)
         )
 
 
