@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from inspector.errors import Cancelled, ExclusionError, InspectorError, ReportError
+from inspector.errors import Cancelled, ExclusionError, InspectorError, ModelError, ReportError
 from inspector.guard import guarded
 
 if TYPE_CHECKING:
@@ -909,6 +909,7 @@ def recipes(
     from inspector.recipe import QuantConfig
     from inspector.recipe_table import RecipeResult, recipe_grid, recipes_json, run_recipes
     from inspector.render import dump_json, recipes_text
+    from inspector.scheme import COMPUTES_IN_INTEGERS, quant_formats
     from inspector.store import Workspace, default_root
 
     _keep_inputs([float_model, recipe, options["preprocess"]], [json_file])
@@ -918,6 +919,13 @@ def recipes(
             hint="Name a folder; it is made where there is none.",
         )
     model = load_model(float_model)
+    formats = COMPUTES_IN_INTEGERS.intersection(quant_formats(model))
+    if formats:
+        raise ModelError(
+            f"{float_model} is quantized already ({'+'.join(sorted(formats))}), expected a float "
+            "model",
+            hint="Give the float model that it was made from.",
+        )
     config = QuantConfig() if recipe is None else _read_recipe_file(recipe, model)
     carried = _states(states, model)
     feeds = _load_feeds(options, model)
@@ -1270,16 +1278,11 @@ def graph(
     profile = None
     if by == "seconds":
         given = {"float": feeds[0], "quantized": feed_for_quantized(matching, feeds[0])}
-        profile = {
-            side: {
-                "simulated": {
-                    "tensors": seconds_by_tensor(
-                        model, profile_nodes(model, given[side], optimized=False)
-                    )
-                }
-            }
-            for side, model in (("float", reference), ("quantized", quantized))
-        }
+        profile = {}
+        for side, model in (("float", reference), ("quantized", quantized)):
+            times = profile_nodes(model, given[side], optimized=False)
+            found_times = {"times": times.to_json(), "tensors": seconds_by_tensor(model, times)}
+            profile[side] = {"simulated": found_times}
     sheet = node_figures.sheet(comparison, links, profile=profile)
     if targets:
         Path(str(skeletons)).mkdir(parents=True, exist_ok=True)
@@ -1297,7 +1300,10 @@ def graph(
             _print(printable(line))
         if upstream is not None:
             text = found["upstream"] or "no node with a figure"
-            _print(printable(f"the error of {upstream} comes from {text}"))
+            how = (
+                "" if by in ("isolated", "added") else ", where SQNR falls most (--by added: sure)"
+            )
+            _print(printable(f"the error of {upstream} comes from {text}{how}"))
     for warning in comparison.warnings:
         _say("warning", warning)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from inspector.calibration import calibrate
 from inspector.diagnosis import GainOf, diagnose, previewed_gain
@@ -35,6 +36,8 @@ KEPT_PREVIEWERS = 2
 
 
 _opened: OrderedDict[str, Previewer] = OrderedDict()
+# What each gives without any list, as strict JSON.
+_without: WeakKeyDictionary[Previewer, list[dict[str, Any]]] = WeakKeyDictionary()
 
 
 def preview_list(
@@ -49,6 +52,8 @@ def preview_list(
 
     The keys are those of `Preview`, and:
         reason: why there is no preview, "" where there is one; the other keys are then absent.
+        without: "outputs" of the same recipe without a list, where the run is the loaded file: its
+            own figures have another calibration in them; None elsewhere.
         size_bytes: estimate of the file, from the run's file and the weights that change.
         latency_seconds: estimate, from what the run and the float model took and the share of
             multiply-accumulates in float; None where the run's file was made in another way or was
@@ -69,6 +74,7 @@ def preview_list(
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
     opening, running = part_of(progress, 0.0, 0.5), part_of(progress, 0.5, 1.0)
+    without = None
     try:
         if config is None:
             previewer = _open_surgery(workspace, pair, opening)
@@ -82,12 +88,24 @@ def preview_list(
             overrides = {tensor: each[0] for tensor, each in entries.items()}
             found = previewer.preview(exclude, overrides, progress=running)
             alike = QuantConfig.from_json(run.recipe) == options
+            if alike and run.number == 0:
+                without = _outputs_without_list(previewer)
             alike &= not run.summary.get("surgery_fits") and not made_by_surgery(run)
         own = previewer.source.change(run.exclusions, None) if alike else None
     except UnplannableError as error:
         return {"reason": str(error)}
-    result: dict[str, Any] = strict({"reason": "", **asdict(found), **_estimates(run, found, own)})
+    result: dict[str, Any] = strict(
+        {"reason": "", **asdict(found), "without": without, **_estimates(run, found, own)}
+    )
     return result
+
+
+def _outputs_without_list(previewer: Previewer) -> list[dict[str, Any]]:
+    """The outputs of the recipe alone; computed once."""
+    if previewer not in _without:
+        found = previewer.preview(())
+        _without[previewer] = [asdict(output) for output in found.outputs]
+    return _without[previewer]
 
 
 def _estimates(run: RunRecord, found: Preview, own: Change | None) -> dict[str, Any]:

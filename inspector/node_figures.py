@@ -432,23 +432,6 @@ def nodes_text(sheet: Mapping[str, Any], measure: str, top: int) -> list[str]:
 # -- from one to the next --------------------------------------------------------------------------
 
 
-def next_worst(side: Mapping[str, Mapping[str, Any]], measure: str, after: str = "") -> str:
-    """The node that comes after another, from the worst to the best; "" where none has a figure.
-
-    Behind the best comes the worst again; so it does after a node without a figure. Of equal ones
-    the first of the file comes first.
-
-    Args:
-        side: one of the "sides" of a sheet.
-        measure: key of a measure.
-        after: the node to go on from, "" for the worst of all.
-    """
-    order = worst_first(side, measure)
-    if not order:
-        return ""
-    return order[(order.index(after) + 1) % len(order)] if after in order else order[0]
-
-
 def upstream(comparison: Comparison, links: Mapping[str, Mapping[str, Link]], node: str) -> str:
     """The float node whose added error explains the error of a node: itself or an ancestor.
 

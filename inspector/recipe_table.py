@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from inspector.calibration import METHODS, calibrate_many
 from inspector.commands import inspector_command
 from inspector.comparison import Task, made_with
-from inspector.errors import CalibrationError, InspectorError, ModelError, RunError
+from inspector.errors import CalibrationError, InspectorError, ModelError, ReportError, RunError
 from inspector.feeds import CalibrationSplit, Feeds
 from inspector.folding import DQ, Q
 from inspector.matching import activation_channel_axis
@@ -627,7 +627,13 @@ def run_recipes(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="quant-inspector-"))
             )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ReportError(
+                    f"the folder {folder} cannot be made: {error.strerror or error}",
+                    hint="Name a folder that can be written to.",
+                ) from error
         while waiting and not stop():
             best = tried.best()
             at = 0

@@ -566,7 +566,9 @@ def _cause(comparison: Comparison, record: ActivationError) -> str:
     place = (
         shorten_name(record.node, 60) if record.node else f"input {shorten_name(record.name, 60)}"
     )
-    text = f"largest error added at {place} ({format_db(record.accumulated_sqnr_db)})"
+    # Of several outputs, the one that is named may not depend on this place.
+    where = "in the whole model at" if len(comparison.outputs) > 1 else "at"
+    text = f"largest error added {where} {place} ({format_db(record.accumulated_sqnr_db)})"
     clipped = record.saturated_fraction or 0.0
     weights = [
         w

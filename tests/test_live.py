@@ -210,3 +210,15 @@ def test_findings_are_kept_until_the_run_is_compared_anew(tmp_path: Path) -> Non
     isolate(tmp_path, run_id=run_id)
     live.diagnose_run(tmp_path, run_id=run_id, progress=lambda _, message: told.append(message))
     assert told
+
+
+def test_before_a_list_stands_the_recipe_without_it_where_the_loaded_file_differs(
+    tmp_path: Path,
+) -> None:
+    run_id = load_sample(tmp_path, "digit-detector", progress=lambda *_: None)
+    recipe = Workspace(tmp_path).run(run_id).recipe
+    found = preview_list(tmp_path, run_id=run_id, config=recipe, exclude=["/head/Concat_3"])
+    plain = preview_list(tmp_path, run_id=run_id, config=recipe, exclude=[])
+    assert found["without"] == plain["outputs"]
+    surgery = preview_list(tmp_path, run_id=run_id, config=None, exclude=["/head/Concat_3"])
+    assert surgery["without"] is None

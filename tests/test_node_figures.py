@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from inspector.matching import match_tensors
 from inspector.model_files import load_model
 from inspector.node_figures import (
     MEASURES,
-    next_worst,
     plain_name,
     sheet,
     upstream,
@@ -281,18 +279,11 @@ def side_of(**values: Any) -> dict[str, Any]:
             for n, v in values.items()}  # fmt: skip
 
 
-def test_next_worst_goes_from_the_worst_to_the_best_and_round() -> None:
+def test_nodes_are_ranked_from_the_worst_to_the_best() -> None:
     side = side_of(good="Infinity", none=None, low=3.0, bad="NaN", same=3.0, far="-Infinity")
-    assert next_worst(side, "local") == "bad"
-    order = ["bad", "far", "low", "same", "good", "bad"]
-    for before, following in pairwise(order):
-        assert next_worst(side, "local", before) == following
-    assert next_worst(side, "local", "none") == next_worst(side, "local", "nobody") == "bad"
-    rising = side_of(a=0.1, b=0.3, c=0.2)
-    assert [next_worst(rising, "saturated", n) for n in ("", "b", "c", "a")] == [
-        "b", "c", "a", "b"
-    ]  # fmt: skip
-    assert next_worst(side_of(a=None), "local") == next_worst({}, "local", "a") == ""
+    assert worst_first(side, "local") == ["bad", "far", "low", "same", "good"]
+    assert worst_first(side_of(a=0.1, b=0.3, c=0.2), "saturated") == ["b", "c", "a"]
+    assert worst_first(side_of(a=None), "local") == worst_first({}, "local") == []
 
 
 def row(*names: str, **sources: list[str]) -> dict[str, Any]:

@@ -1070,7 +1070,7 @@ def test_a_link_to_a_node_opens_its_card_and_selects_its_tensor(loaded: Workspac
     test = app("graph", run=run, node="/head/Concat_3")
     wait(test, lambda page: any(b.key == "graph-float" for b in page.button))
     record = next(a for a in session.comparison_of(run).activations if a.node == "/head/Concat_3")
-    assert test.query_params["tensor"] in (record.name, [record.name])
+    assert f"`{record.name}` " in words(test)
     assert "`/head/Concat_3`" in words(test)
     assert format_db(record.accumulated_sqnr_db) in str([t.value for t in test.table])
 
@@ -1131,3 +1131,16 @@ def test_the_list_is_written_for_another_tool(loaded: Workspace) -> None:
     test.segmented_control(key=key).set_value("nncf").run()
     wait(test, lambda page: "IgnoredScope" in words(page))
     assert "/head/Concat_3" in words(test)
+
+
+def test_a_link_to_what_is_not_there_says_so(loaded: Workspace) -> None:
+    test = app("graph", run=last_run(loaded), node="nonsense", measure="nonsense", side="x")
+    wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
+    assert "There is no node `nonsense` in this run" in words(test)
+    assert "There is no measure `nonsense`" in words(test)
+
+
+def test_a_link_colours_by_the_measure_it_names(loaded: Workspace) -> None:
+    test = app("graph", run=last_run(loaded), measure="local")
+    wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
+    assert "local" in [box.value for box in test.selectbox]

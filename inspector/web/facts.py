@@ -397,6 +397,9 @@ def change_sentence(view: View, output: str | None, ticked: Sequence[str]) -> st
     return text
 
 
+# A smaller difference would be shown as none.
+LEAST_SHOWN_DB = 0.05
+
 # ── a list that is not applied yet ───────────────────────────────────────────────────────────
 
 
@@ -424,12 +427,24 @@ def preview_sentence(
     if would is None:
         return f"Preview: {nodes}; no output of floating-point values to judge by"
     now = output_of(view.comparison, would["name"])
+    before, was = (now.sqnr_db, judged_db(now)) if now else (None, None)
+    without = _without(found, would["name"])
+    if without is not None:
+        before, was = (read_number(without[key]) for key in ("sqnr_db", "worst_part_sqnr_db"))
     text = f"Preview: {nodes} would give {shorten_name(str(would['name']), 30)} "
-    text += _now_and_then(now.sqnr_db if now else None, would["sqnr_db"])
-    was, will = judged_db(now) if now else None, read_number(would["worst_part_sqnr_db"])
-    if (now is not None and was != now.sqnr_db) or will != read_number(would["sqnr_db"]):
+    text += _now_and_then(before, would["sqnr_db"])
+    will = read_number(would["worst_part_sqnr_db"])
+    if was != before or will != read_number(would["sqnr_db"]):
         text += f", worst part {_now_and_then(was, will)}"
+    if now is not None and before is not None and abs(now.sqnr_db - before) >= LEAST_SHOWN_DB:
+        text += f" (the loaded file, calibrated otherwise: {format_db(now.sqnr_db)})"
     return text
+
+
+def _without(found: Mapping[str, Any], output: str) -> Mapping[str, Any] | None:
+    """An output of the previewed recipe without a list; None where the run's own figures are it."""
+    outputs = found.get("without") or ()
+    return next((each for each in outputs if each["name"] == output), None)
 
 
 def _now_and_then(now: float | None, then: Any) -> str:
@@ -453,12 +468,17 @@ def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> l
     would = _previewed(found, output)
     now = output_of(view.comparison, would["name"]) if would is not None else None
     was = now.worst_sample_sqnr_db if now is not None else None
+    pooled = now.sqnr_db if now is not None else None
+    without = _without(found, would["name"]) if would is not None else None
+    if without is not None:
+        was, pooled = (read_number(without[k]) for k in ("worst_sample_sqnr_db", "sqnr_db"))
     tiles: list[Tile] = [
         (
             "Output SQNR, preview",
-            _now_and_then(now.sqnr_db if now else None, would["sqnr_db"]) if would else "–",
+            _now_and_then(pooled, would["sqnr_db"]) if would else "–",
             f"worst sample {_now_and_then(was, would['worst_sample_sqnr_db'])}" if would else "",
-            f"Simulated, of the run and of this list. {SQNR_MEANING}",
+            "Simulated, of the run (for a loaded file: of its recipe quantized anew) and of this "
+            f"list. {SQNR_MEANING}",
         )
     ]
     task = found["task"]

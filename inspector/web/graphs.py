@@ -147,8 +147,7 @@ def selected(view: View, drawing: Drawn) -> tuple[str, str]:
 
 
 def follow_address(view: View, drawing: Drawn) -> None:
-    """Goes where the address leads: to a node that is not in the neighbourhood drawn, or to the
-    tensor of a node that a link named alone."""
+    """Goes where the address leads, or says that nothing is there."""
     wanted = st.query_params.get("node", "") or view.node
     known = drawing.links["float"].keys() | drawing.links["quantized"].keys()
     if drawing.around and wanted and wanted not in known:
@@ -156,11 +155,18 @@ def follow_address(view: View, drawing: Drawn) -> None:
         if wanted in own and wanted != st.session_state.get(f"around-{view.run.id}"):
             _centre(view.run.id, wanted)
             st.rerun()
-    side, node = selected(view, drawing)
-    records = _records(view, drawing, side, node)
-    if records and view.tensor not in {record.name for record in records}:
-        st.query_params["tensor"] = records[0].name
-        st.rerun()
+    asked = st.query_params.get("node", "")
+    if asked and asked not in known:
+        st.caption(
+            f":orange[▲] There is no node {words.md_code(shorten_name(asked, 60))} in this run: "
+            "the selected tensor's node is shown."
+        )
+    measure = st.query_params.get("measure", "")
+    if measure and measure not in {each.key for each in MEASURES}:
+        names = ", ".join(words.md_code(each.key) for each in MEASURES)
+        st.caption(
+            f":orange[▲] There is no measure {words.md_code(shorten_name(measure, 40))}: {names}."
+        )
 
 
 def _float_nodes(drawing: Drawn, side: str, names: Sequence[str]) -> list[str]:
@@ -224,12 +230,19 @@ def controls(view: View, drawing: Drawn, draft: Draft) -> tuple[Measure, float |
     ):
         by_key = {measure.key: measure for measure in MEASURES}
         offered = [m.key for m in MEASURES if _has(drawing, m.key)]
+        options_of = offered or [MEASURES[0].key]
+        asked = st.query_params.get("measure", "")
+        now = asked if asked in options_of else options_of[0]
+        # A box of its own for every value that is set from outside.
+        key = f"measure-{view.run.id}-{now}-{len(options_of)}"
         chosen = st.selectbox(
             "Colour by",
-            offered or [MEASURES[0].key],
+            options_of,
+            index=options_of.index(now),
             format_func=lambda key: by_key[key].label,
-            key="measure",
-            bind="query-params",
+            key=key,
+            on_change=_color_by,
+            args=(key,),
             label_visibility="collapsed",
             width=168,
         )
@@ -255,6 +268,13 @@ def controls(view: View, drawing: Drawn, draft: Draft) -> tuple[Measure, float |
                 causes.offer(view)
                 times.offer(view, profile)
         step = partial(_step, view, drawing, measure.key)
+        st.button(
+            ":material/arrow_upward:",
+            key="graph-previous",
+            shortcut="k",
+            on_click=partial(_step, view, drawing, measure.key, -1),
+            help="The node before, from the worst",
+        )
         st.button(
             "Next worst",
             key="graph-next",
@@ -284,6 +304,10 @@ def controls(view: View, drawing: Drawn, draft: Draft) -> tuple[Measure, float |
     return measure, threshold
 
 
+def _color_by(key: str) -> None:
+    st.query_params["measure"] = st.session_state[key]
+
+
 def _has(drawing: Drawn, measure: str) -> bool:
     return any(measure in each["figures"] for each in drawing.sheet["sides"]["float"].values())
 
@@ -300,19 +324,21 @@ def _undo(view: View, draft: Draft) -> None:
     )
 
 
-def _step(view: View, drawing: Drawn, measure: str) -> None:
+def _step(view: View, drawing: Drawn, measure: str, by: int = 1) -> None:
+    """Selects the node that is so many places further down from the worst to the best."""
     side, node = selected(view, drawing)
     if side != "float":
         node = next(iter(_float_nodes(drawing, side, [node])), "")
     if drawing.around and measure in _OF_RECORDS:
-        _step_through_all(view, measure, node)
+        _step_through_all(view, measure, node, by)
         return
-    found = node_figures.next_worst(drawing.sheet["sides"]["float"], measure, node)
-    if found:
-        select(view, drawing, "float", found)
+    order = node_figures.worst_first(drawing.sheet["sides"]["float"], measure)
+    if order:
+        place = (order.index(node) + by) % len(order) if node in order else 0
+        select(view, drawing, "float", order[place])
 
 
-def _step_through_all(view: View, measure: str, node: str) -> None:
+def _step_through_all(view: View, measure: str, node: str, by: int) -> None:
     """The next worst of the whole model, where only a neighbourhood of it is drawn."""
     figure = _OF_RECORDS[measure]
     ranked = [(value, a) for a in view.comparison.activations
@@ -321,7 +347,7 @@ def _step_through_all(view: View, measure: str, node: str) -> None:
     names = [a.node for _, a in ranked]
     if not names:
         return
-    record = ranked[(names.index(node) + 1) % len(names) if node in names else 0][1]
+    record = ranked[(names.index(node) + by) % len(names) if node in names else 0][1]
     session.select_tensor(record.name)
     st.query_params["node"] = record.node
 
@@ -333,8 +359,24 @@ def _follow(view: View, drawing: Drawn, side: str, node: str) -> None:
         return
     own = _float_nodes(drawing, side, [node])
     if own and found == own[0]:
-        st.toast("This node adds the largest part of its error itself.", icon=":material/flag:")
+        st.toast(
+            "This node adds the largest part of its error itself."
+            if has_isolated(view.comparison)
+            else "SQNR falls most at this node: an estimate, until it is measured where errors "
+            "begin.",
+            icon=":material/flag:",
+        )
     select(view, drawing, "float", found)
+
+
+def is_broken_pattern(text: str) -> bool:
+    """Whether a text is meant as /a regex/ and is none."""
+    if len(text) > 2 and text.startswith("/") and text.endswith("/"):
+        try:
+            re.compile(text[1:-1])
+        except re.error:
+            return True
+    return False
 
 
 def matches(text: str, name: str, op_type: str) -> bool:
@@ -375,7 +417,9 @@ def _search(view: View, drawing: Drawn) -> None:
         index=None,
         key=key,
         format_func=lambda name: f"{drawing.links['float'][name]['op_type']} {shorten_name(name)}",
-        placeholder=f"{widgets.count(len(found), 'node')} found",
+        placeholder="no valid pattern"
+        if is_broken_pattern(text)
+        else f"{widgets.count(len(found), 'node')} found",
         disabled=not found,
         on_change=chosen,
         label_visibility="collapsed",
@@ -464,6 +508,7 @@ def panes(
         report = answered("key")
         actions: dict[str, Callable[[], None]] = {
             "j": lambda: _step(view, drawing, measure.key),
+            "k": lambda: _step(view, drawing, measure.key, -1),
             "u": lambda: _follow(view, drawing, side, node),
             "z": lambda: session.undo(view.pair.id, draft),
         }
@@ -485,7 +530,7 @@ def panes(
             "changed": _previewed(view, draft),
             "theme": "dark" if style.is_dark() else "light",
             "picture": routes.accept(view.run.id, _picture(view), _PICTURE_BYTES),
-            "keys": ["j", "u", "z"],
+            "keys": ["j", "k", "u", "z"],
         },
         key=key,
         height=HEIGHT,
@@ -623,7 +668,7 @@ def card(view: View, drawing: Drawn, draft: Draft) -> None:
 def _marks(drawing: Drawn, side: str, node: str, own: str, draft: Draft) -> None:
     marks = list(drawing.sheet["sides"][side][node]["marks"])
     if own in draft.nodes:
-        marks.insert(0, "left in float")
+        marks.insert(0, "to leave in float")
     partners = drawing.links[side][node]["partners"]
     other = "quantized" if side == "float" else "float"
     named = ", ".join(words.md_code(shorten_name(p, 26)) for p in partners[:3])

@@ -226,7 +226,13 @@ def worst_first(comparison: Comparison) -> list[str]:
 
 def _selected_tensor(comparison: Comparison) -> str:
     order = worst_first(comparison)
-    for wanted in (st.query_params.get("tensor"), find_headline(comparison).tensor):
+    node = st.query_params.get("node")
+    own = {a.name for a in comparison.activations if a.node == node} if node else set()
+    # A link may name a node alone.
+    of_node = next((name for name in order if name in own), None)
+    for wanted in (
+        st.query_params.get("tensor"), of_node, find_headline(comparison).tensor,
+    ):  # fmt: skip
         if wanted in order:
             return str(wanted)
     return order[0] if order else ""

@@ -400,7 +400,7 @@ def file_name(name: str) -> str:
 _KEY_TABLE = """
 | key | does |
 |---|---|
-| `j` `k` | next, previous worst tensor; on the graph `j` is the next worst node |
+| `j` `k` | next, previous worst tensor; on the graph the node |
 | `u` | on the graph: follow the error upstream |
 | `x` | leave the selected tensor's node in float, or quantize it |
 | `z` `Shift z` | undo, redo the ticked nodes |
