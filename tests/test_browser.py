@@ -182,7 +182,14 @@ def test_excluding_on_a_real_detector_writes_the_bytes_of_the_command_line(
 
 
 @pytest.mark.parametrize(
-    "name", ["", "overview", "tensors", "graph", "exclusions", "models", "report"]
+    "name",
+    [
+        *("", "graph"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("overview", "tensors", "exclusions", "models", "report")
+        ),
+    ],
 )
 def test_every_address_opens_its_page_directly(page: Page, tmp_path: Path, name: str) -> None:
     with running_app(tmp_path) as address:

@@ -238,6 +238,7 @@ def test_both_graphs_are_drawn_from_this_origin_alone_under_a_strict_policy(smal
             expect(small.frame(side).locator(hidden)).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_every_node_has_the_colour_of_its_figure(small: Graph) -> None:
     small.open()
     seen = set()
@@ -350,6 +351,7 @@ def test_marks_are_outlines_and_badges_beside_the_colour(small: Graph) -> None:
 # ------------------------------------------------------------------------------ selection and keys
 
 
+@pytest.mark.slow
 def test_a_click_selects_the_node_and_its_partners_both_ways_and_opens_nothing(
     small: Graph,
 ) -> None:
@@ -388,6 +390,7 @@ def test_an_old_answer_does_not_undo_a_newer_click(small: Graph) -> None:
     expect(small.selected("quantized")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_right_click_and_the_key_x_report_a_toggle_with_all_selected(small: Graph) -> None:
     small.open()
     small.header("float", "fifth").click(button="right")
@@ -513,6 +516,7 @@ def test_nodes_in_a_body_are_coloured_when_it_is_expanded_and_when_it_is_entered
     assert small.errors == []
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_text(small: Graph) -> None:
     small.open()
     for side in SIDES:

@@ -95,6 +95,18 @@ def app(page: str = "", **query: str) -> AppTest:
     return test
 
 
+def toasts_until(test: AppTest, until: Callable[[AppTest], bool]) -> list[str]:
+    """What was said meanwhile: a toast stands in one run of the page, the rest in a later one."""
+    told: list[str] = []
+
+    def reached(page: AppTest) -> bool:
+        told.extend(each.value for each in page.toast if each.value not in told)
+        return until(page)
+
+    wait(test, reached)
+    return told
+
+
 def words(test: AppTest) -> str:
     """Every text on the page."""
     parts = [*test.markdown, *test.caption, *test.subheader, *test.error, *test.code]
@@ -337,6 +349,7 @@ def test_a_grid_set_by_hand_goes_into_the_next_run(loaded: Workspace) -> None:
     assert made.recipe["overrides"] == [entry]
 
 
+@pytest.mark.slow
 def test_requantizing_opens_the_new_run(loaded: Workspace) -> None:
     before = len(loaded.runs(loaded.current_pair() or ""))
     test = app("exclusions")
@@ -478,6 +491,7 @@ def test_a_run_stored_before_anything_was_counted_still_shows(loaded: Workspace)
     assert "simulated: off" in texts(opened(test, "basis"))
 
 
+@pytest.mark.slow
 def test_a_match_is_refused_and_taken_back(loaded: Workspace) -> None:
     run = loaded.runs(loaded.current_pair() or "")[0].id
     name = "/head/Sigmoid_output_0"
@@ -499,8 +513,8 @@ def test_a_refused_tensor_stays_in_view_with_its_undo(loaded: Workspace) -> None
     name = "/head/Sigmoid_output_0"
     test = opened(app("tensors", run=run, tensor=name), f"match-{run}")
     test.button(key="match-refuse").click().run()
-    wait(test, lambda page: "refused by hand" in words(page))
-    assert [each.value for each in test.toast] == [md_text(f"{name} is not compared any more")]
+    told = toasts_until(test, lambda page: "refused by hand" in words(page))
+    assert told == [md_text(f"{name} is not compared any more")]
     assert test.query_params["tensor"] == name
     assert not test.metric, "nothing of another tensor"
     box = next(each for each in test.selectbox if each.label == "Tensor")
@@ -511,9 +525,9 @@ def test_a_refused_tensor_stays_in_view_with_its_undo(loaded: Workspace) -> None
     box.select(name).run()
     assert "refused by hand" in words(test)
     test.button(key="lost-match-undo").click().run()
-    wait(test, lambda page: bool(page.metric))
+    told = toasts_until(test, lambda page: bool(page.metric))
     assert test.query_params["tensor"] == name
-    assert [each.value for each in test.toast] == [md_text(f"{name} is left to the rules again")]
+    assert told == [md_text(f"{name} is left to the rules again")]
 
 
 def test_refusing_without_a_tensor_in_the_address_stays_on_the_one_that_was_shown(
@@ -888,6 +902,7 @@ def test_before_any_recipe_was_tried_the_page_offers_to_try_them(loaded: Workspa
     assert "make-run" not in {each.key for each in test.button}
 
 
+@pytest.mark.slow
 def test_recipes_are_tried_in_the_worker_and_stay_when_it_is_stopped(loaded: Workspace) -> None:
     test = app("recipes")
     test.button(key="try-recipes").click().run()
@@ -974,6 +989,7 @@ def picture_titles(test: AppTest) -> list[str]:
     return [str(spec["layout"]["title"]["text"]) for spec in specs]
 
 
+@pytest.mark.slow
 def test_the_cause_map_is_measured_from_the_overview_and_then_shown(loaded: Workspace) -> None:
     run = last_run(loaded)
     test = app("overview", run=run)
@@ -1125,6 +1141,7 @@ def test_the_overview_names_the_cause_and_its_remedy_is_ticked_and_taken_back(
     assert "/head/Concat_3" not in loaded.draft(loaded.current_pair() or "")["nodes"]
 
 
+@pytest.mark.slow
 def test_the_list_is_written_for_another_tool(loaded: Workspace) -> None:
     test = app("exclusions", run=last_run(loaded))
     key = f"export-{last_run(loaded)}"

@@ -210,6 +210,7 @@ def test_leaving_the_join_in_float_brings_the_scores_back(tmp_path: Path) -> Non
     assert load_model(run.model.path).sha256 == run.model.sha256
 
 
+@pytest.mark.slow
 def test_the_same_request_without_exclusions_is_not_run_twice(tmp_path: Path) -> None:
     loaded = load_detector(tmp_path)
     recipe = Workspace(tmp_path).run(loaded).recipe
@@ -217,6 +218,7 @@ def test_the_same_request_without_exclusions_is_not_run_twice(tmp_path: Path) ->
     assert workbench.requantize(tmp_path, run_id=first, config=recipe, exclude=[]) == first
 
 
+@pytest.mark.slow
 def test_the_same_pair_again_opens_its_latest_run_and_changed_feeds_do_not(tmp_path: Path) -> None:
     feeds = tmp_path / "feeds"
     shutil.copytree(DETECTOR / "feeds", feeds)
@@ -642,6 +644,7 @@ def test_a_row_becomes_the_run_with_the_rows_own_figures(tmp_path: Path) -> None
 # What each node does wrong by itself.
 
 
+@pytest.mark.slow
 def test_isolated_errors_are_measured_later_and_stay_with_the_run(tmp_path: Path) -> None:
     run_id = load_detector(tmp_path)
     workspace = Workspace(tmp_path)
