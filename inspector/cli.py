@@ -324,6 +324,12 @@ def show(model: str, json_file: str | None) -> None:
 # ---------------------------------------------------------------------------------- compare
 
 
+def _need_feeds(options: Mapping[str, Any]) -> None:
+    """Refuses a command line without feeds, before anything is loaded."""
+    if not (options["inputs"] or options["random"]):
+        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+
+
 def _load_feeds(options: Mapping[str, Any], model: Model) -> Feeds | None:
     """The feeds that --inputs or --random name; None where neither is given."""
     from inspector.feeds import load_feeds, random_feeds
@@ -590,8 +596,7 @@ def compare(
         raise click.UsageError("--fail-under takes a number of decibels")
     if json_file == csv_file == "-":
         raise click.UsageError("only one of --json and --csv can go to stdout")
-    if not (options["inputs"] or options["random"]):
-        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    _need_feeds(options)
     from inspector.compare import compare_models
     from inspector.devices import load_dump
     from inspector.feeds import split_calibration
@@ -902,8 +907,7 @@ def recipes(
     Method, per tensor or channel, symmetry, 8-bit types and range are varied. Ctrl-C shows what is
     there so far.
     """
-    if not (options["inputs"] or options["random"]):
-        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    _need_feeds(options)
     from inspector.feeds import split_calibration
     from inspector.model_files import load_model
     from inspector.recipe import QuantConfig
@@ -1159,8 +1163,7 @@ def diagnose(
     **options: Any,
 ) -> None:
     """What broke a quantized model, with evidence, remedy and what the remedy gains."""
-    if not (options["inputs"] or options["random"]):
-        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    _need_feeds(options)
     from inspector import diagnosis
     from inspector.compare import compare_models
     from inspector.findings import case_of
@@ -1240,8 +1243,7 @@ def graph(
     **options: Any,
 ) -> None:
     """Which node is which in both models, and the error of every node, worst first."""
-    if not (options["inputs"] or options["random"]):
-        raise click.UsageError("give --inputs PATH, or --random N where there is no data")
+    _need_feeds(options)
     from inspector import node_figures
     from inspector.compare import compare_models, feed_for_quantized
     from inspector.matching import match_tensors

@@ -28,12 +28,13 @@ if answer.job is not None:
 if answer.error is not None:
     widgets.error(answer.error)
     st.stop()
-drawing = graphs.drawn(view, answer.value)
+profile = times.profile(view)
+drawing = graphs.drawn(view, answer.value, profile)
 graphs.follow_address(view, drawing)
 
 # ask: what to colour by, which node
-measure, threshold = graphs.controls(view, drawing, draft)
-times.answer(view, times.profile(view))
+measure, threshold = graphs.controls(view, drawing, draft, profile)
+times.answer(view, profile)
 graphs.excerpt(view, drawing)
 
 # show: the graphs, the selected node

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
@@ -40,14 +40,14 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_app(data: Path) -> Iterator[str]:
-    """The address of the app, started as the README says, with its own data folder."""
+def served(folder: Path, environment: Mapping[str, str], *options: str) -> Iterator[str]:
+    """The address of the folder's `app.py`, run by Streamlit until the block ends."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port),
-         "--server.headless", "true"],
-        cwd=ROOT,
-        env={**os.environ, "QUANT_INSPECTOR_DATA": str(data)},
+         "--server.headless", "true", *options],
+        cwd=folder,
+        env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -70,6 +70,13 @@ def running_app(data: Path) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def running_app(data: Path) -> Iterator[str]:
+    """The address of the app, started as the README says, with its own data folder."""
+    with served(ROOT, {"QUANT_INSPECTOR_DATA": str(data)}) as address:
+        yield address
 
 
 @contextlib.contextmanager

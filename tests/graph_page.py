@@ -4,13 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +14,7 @@ from onnx import AttributeProto, TensorProto, helper
 from inspector.error_scale import ERROR_COLORS, ERROR_STEPS, NO_FIGURE_COLOR, readable_text
 from inspector.model_files import load_model
 from inspector.skeleton import skeleton_of
-from tests.browser import free_port
+from tests.browser import served
 from tests.samples import ROOT
 
 SIDES = ("float", "quantized")
@@ -252,32 +245,9 @@ def running_graph_app(root: Path) -> Iterator[str]:
     """The address of an app that shows the pairs in the folder, as `?pair=<name of its folder>`."""
     (root / "page.py").write_text(_SCRIPT)
     (root / "app.py").write_text(_APP)
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port),
-         "--server.headless", "true", "--server.address", "127.0.0.1",
-         "--browser.gatherUsageStats", "false", "--client.toolbarMode", "minimal"],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1).close()
-                break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the app did not start") from None
-                time.sleep(0.02)
+    options = (
+        *("--server.address", "127.0.0.1", "--browser.gatherUsageStats", "false"),
+        *("--client.toolbarMode", "minimal"),
+    )
+    with served(root, {"PYTHONPATH": str(ROOT)}, *options) as address:
         yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

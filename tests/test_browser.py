@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from inspector.comparison import Pin
 from inspector.render import format_db
 from inspector.store import FeedSource, Workspace
 from inspector.web.tasks import load_sample
-from tests.browser import CHART, CHROMIUM, chromium, running_app
+from tests.browser import CHART, running_app
 from tests.samples import MODELS, ROOT, needs_models
 from tests.test_pages import load_hostile
 
@@ -25,17 +24,6 @@ SAMPLE = ROOT / "sample_models" / "digit-detector"
 PATIENCE = 90_000
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not Path(CHROMIUM).exists():
-        reason = f"no Chromium at {CHROMIUM} (Debian: apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture

@@ -156,8 +156,9 @@ def test_on_minilm_the_large_channel_of_the_stream_is_one_problem() -> None:
 # -- gains -------------------------------------------------------------------------------------
 
 
-def recipe_gain(folder: Path, config: QuantConfig = QuantConfig()) -> tuple[Case, GainOf]:  # noqa: B008
+def recipe_gain(folder: Path, config: QuantConfig | None = None) -> tuple[Case, GainOf]:
     """A case of ONNX Runtime's own file, and previews of the recipe that made it."""
+    config = QuantConfig() if config is None else config
     pair = static(
         folder, boxes_and_scores_in_one_concat(), PICTURES, activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,

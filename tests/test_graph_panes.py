@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from playwright.sync_api import Browser, FrameLocator, Locator, Page, Route, exp
 
 from inspector.error_scale import ERROR_COLORS, ERROR_STEPS, NO_FIGURE_COLOR
 from inspector.web import routes
-from tests.browser import CHROMIUM, chromium
 from tests.graph_page import (
     HELPERS,
     HOSTILE,
@@ -165,17 +163,6 @@ def expected_color(figure: float | str | None) -> str:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not Path(CHROMIUM).exists():
-        reason = f"no Chromium at {CHROMIUM} (Debian: apt-get install chromium)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     root = tmp_path_factory.mktemp("graph")
     with running_graph_app(root) as address:
@@ -251,7 +238,7 @@ def test_every_node_has_the_colour_of_its_figure(small: Graph) -> None:
             header = small.header(side, name)
             expect(header.locator("path")).to_have_css("fill", rgb(color))
             if color in ERROR_COLORS:
-                text = MEASURES[0]["texts"][ERROR_COLORS.index(color)]  # type: ignore[index]
+                text = MEASURES[0]["texts"][ERROR_COLORS.index(color)]
                 wanted = "rgb(255, 255, 255)" if text == "#fff" else "rgb(0, 0, 0)"
                 expect(header.locator("text")).to_have_css("fill", wanted)
     assert len(seen) >= 5, "the sample has figures of many kinds"
@@ -271,7 +258,7 @@ def test_a_lower_is_better_measure_is_coloured_worst_first_and_shown_in_percent(
         for name, about in figures(small, side).items():
             if name.startswith("inner") or "saturated" not in about["figures"]:
                 continue
-            reached = int(np.searchsorted(steps, about["figures"]["saturated"], side="right"))  # type: ignore[call-overload]
+            reached = int(np.searchsorted(steps, about["figures"]["saturated"], side="right"))
             color = ERROR_COLORS[4 - reached]
             expect(small.header(side, name).locator("path")).to_have_css("fill", rgb(color))
 

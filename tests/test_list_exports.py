@@ -136,7 +136,7 @@ def chain(*names: str) -> onnx.ModelProto:
 def test_every_target_has_a_matcher_and_a_place_in_the_command() -> None:
     assert set(MATCHERS) == set(TARGETS)
     [option] = [p for p in cli.commands["exclusions"].params if p.name == "target"]
-    assert tuple(option.type.choices) == TARGETS  # type: ignore[attr-defined]
+    assert tuple(option.type.choices) == TARGETS
 
 
 # --- the texts --------------------------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_nodes_inside_functions_are_found_in_the_copy(
 # --- nodes that tools rename, split or remove -------------------------------------------------
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
+class Reader(CalibrationDataReader):
     def __init__(self, *feeds: dict[str, Any]) -> None:
         self.left = list(feeds)
 

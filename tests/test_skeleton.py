@@ -469,7 +469,7 @@ console.log(JSON.stringify(found));
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node.js runs Netron's parser here")
 def test_netron_shows_shapes_of_tensors_without_values_and_all_names(tmp_path: Path) -> None:
-    folder = Path(str(importlib.util.find_spec("netron").origin)).parent  # type: ignore[union-attr]
+    folder = Path(str(importlib.util.find_spec("netron").origin)).parent
     script = tmp_path / "look.mjs"
     script.write_text(NETRON)
 

@@ -1028,7 +1028,7 @@ def planted(
     float_model = load_model(source / "model.onnx")
     quantized = load_model(source / "ort_static_qdq.onnx")
     given = Case(
-        comparison=None,  # type: ignore[arg-type]
+        comparison=None,
         float_model=float_model, quantized_model=quantized,
         matching=match_tensors(float_model, quantized),
     )  # fmt: skip

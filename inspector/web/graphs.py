@@ -114,9 +114,8 @@ def ask(view: View) -> Answer:
     )
 
 
-def drawn(view: View, found: Mapping[str, Any]) -> Drawn:
+def drawn(view: View, found: Mapping[str, Any], profile: Mapping[str, Any] | None) -> Drawn:
     """The graphs with what every node shows; made once for as long as nothing is measured anew."""
-    profile = times.profile(view)
     stamp = session.workspace().comparison_stamp(view.run.id)
     key = (view.run.id, stamp, profile is not None, found["around"], found["hops"])
     kept: dict[Any, Drawn] = st.session_state.setdefault("drawn", {})
@@ -217,14 +216,15 @@ def _format_limit(measure: Measure, limit: float | None) -> str:
     return f"> {format_percent(limit)}"
 
 
-def controls(view: View, drawing: Drawn, draft: Draft) -> tuple[Measure, float | None]:
+def controls(
+    view: View, drawing: Drawn, draft: Draft, profile: Mapping[str, Any] | None
+) -> tuple[Measure, float | None]:
     """The row above the graphs: measure, threshold, search, steps from node to node.
 
     Returns:
         What the graphs are coloured by, and the value from which on nodes stay uncoloured.
     """
     side, node = selected(view, drawing)
-    profile = times.profile(view)
     with st.container(
         horizontal=True, vertical_alignment="center", key="graph-controls", gap="xsmall"
     ):
@@ -300,7 +300,7 @@ def controls(view: View, drawing: Drawn, draft: Draft) -> tuple[Measure, float |
             ),
         )
         _more(view, drawing, draft)
-        _undo(view, draft)
+        parts.undo_button(view, draft)
     return measure, threshold
 
 
@@ -310,18 +310,6 @@ def _color_by(key: str) -> None:
 
 def _has(drawing: Drawn, measure: str) -> bool:
     return any(measure in each["figures"] for each in drawing.sheet["sides"]["float"].values())
-
-
-def _undo(view: View, draft: Draft) -> None:
-    st.button(
-        ":material/undo:",
-        key="undo",
-        shortcut="z",
-        help="Undo the last tick",
-        disabled=not draft.undo,
-        on_click=session.undo,
-        args=(view.pair.id, draft),
-    )
 
 
 def _step(view: View, drawing: Drawn, measure: str, by: int = 1) -> None:
@@ -451,16 +439,7 @@ def _more(view: View, drawing: Drawn, draft: Draft) -> None:
     with st.popover("Tick more", key="graph-more"):
         if own:
             st.caption(f"From {words.md_code(shorten_name(own, 40))}")
-        for place, (label, names) in enumerate(offers):
-            further = [n for n in names if n not in draft.nodes]
-            st.button(
-                f"{label} ({len(names)})",
-                key=f"graph-more-{place}",
-                disabled=not further,
-                on_click=session.tick,
-                args=(view.pair.id, draft, (*draft.nodes, *further)),
-                width="stretch",
-            )
+        parts.tick_buttons(view, draft, offers, key="graph-more")
         st.caption("Shift-click a second node in a graph to select two.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -221,15 +221,7 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
         op_type = widgets.op_field(tables.op_types(comparison))
         more = st.container(width="content", key="more-slot")
         st.space("stretch")
-        st.button(
-            ":material/undo:",
-            key="undo",
-            shortcut="z",
-            help="Undo the last tick",
-            disabled=not draft.undo,
-            on_click=session.undo,
-            args=(view.pair.id, draft),
-        )
+        undo_button(view, draft)
         st.button(
             ":material/redo:",
             key="redo",
@@ -310,16 +302,36 @@ def _more_like_this(view: View, draft: Draft, listed: Sequence[Mapping[str, Any]
     ]
     with st.popover("Tick more", key="tick-more", disabled=not op):
         st.caption(f"From {words.md_code(shorten_name(last, 40))}, ticked last")
-        for place, (label, names) in enumerate(offers):
-            further = [n for n in names if n not in draft.nodes]
-            st.button(
-                f"{label} ({len(names)})",
-                key=f"tick-more-{place}",
-                disabled=not further,
-                on_click=session.tick,
-                args=(view.pair.id, draft, (*draft.nodes, *further)),
-                width="stretch",
-            )
+        tick_buttons(view, draft, offers, key="tick-more")
+
+
+def tick_buttons(
+    view: View, draft: Draft, offers: Iterable[tuple[str, Sequence[str]]], *, key: str
+) -> None:
+    """A button for each (label, nodes) that ticks those of them that are not ticked."""
+    for place, (label, names) in enumerate(offers):
+        further = [n for n in names if n not in draft.nodes]
+        st.button(
+            f"{label} ({len(names)})",
+            key=f"{key}-{place}",
+            disabled=not further,
+            on_click=session.tick,
+            args=(view.pair.id, draft, (*draft.nodes, *further)),
+            width="stretch",
+        )
+
+
+def undo_button(view: View, draft: Draft) -> None:
+    """Takes the last tick back, with `z`."""
+    st.button(
+        ":material/undo:",
+        key="undo",
+        shortcut="z",
+        help="Undo the last tick",
+        disabled=not draft.undo,
+        on_click=session.undo,
+        args=(view.pair.id, draft),
+    )
 
 
 # ── exclusions: the recipe and the job ───────────────────────────────────────────────────────
