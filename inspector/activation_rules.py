@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from inspector.comparison import (
 )
 from inspector.findings import LOOK, NOTE, PROBLEM, Case, Finding, Remedy
 from inspector.model import Model, Node
+from inspector.recipe import WIDER_TYPES, TensorOverride, with_type
 from inspector.scheme import COMPUTES_IN_INTEGERS, DQ, Q, QuantFormat, quant_formats
 
 # -- what the rules share ----------------------------------------------------------------------
@@ -131,6 +132,30 @@ def _override(record: ActivationError) -> Mapping[str, Any]:
     return {"tensor": record.name, "low": record.observed_low, "high": record.observed_high}
 
 
+def _at_16_bits(facts: Lookups, records: Iterable[ActivationError]) -> Mapping[str, Any]:
+    """The change of a recipe that stores tensors in 16 bits; {} where none can be.
+
+    A tensor with the scale of what its node reads follows that one and is left out.
+    """
+    recipe = facts.case.recipe
+    if QuantFormat.QDQ not in quant_formats(facts.case.quantized_model) or (
+        recipe is not None and not facts.static_recipe
+    ):
+        return {}
+    given = {each["tensor"]: each for each in (recipe or {}).get("overrides", ())}
+    before = dict(given)
+    for record in records:
+        wider = WIDER_TYPES.get(record.dtype)
+        if wider is None or facts.shares_scale(record):
+            continue
+        known = given.get(record.name)
+        own = None if known is None else TensorOverride.from_json(known)
+        typed = with_type(own, record.name, wider)
+        assert typed is not None
+        given[record.name] = typed.to_json()
+    return {} if given == before else {"overrides": list(given.values())}
+
+
 # -- one scale for unlike branches -------------------------------------------------------------
 
 # A part is drowned below so many steps, or below so many decibels.
@@ -194,8 +219,10 @@ def concat_shared_scale(case: Case) -> Iterator[Finding]:
                 "whole_sqnr_db": record.accumulated_sqnr_db,
             },
             remedy=Remedy(
-                say="Leave the Concat and what is quantized behind it in float.",
+                say="Leave the Concat and what is quantized behind it in float, or store it in 16 "
+                "bits.",
                 exclude=_behind(facts, node),
+                recipe=_at_16_bits(facts, [record]),
             ),
         )
 
@@ -424,7 +451,7 @@ def _clipped_finding(
     share = worst.saturated_fraction or 0.0
     method = (facts.case.recipe or {}).get("method")
     seen = facts.case.comparison.seen
-    why = "their samples were not among those of calibration or not like them"
+    why = "calibration saw no samples like these"
     if seen == "seen" or method not in (None, "minmax"):
         why = f"the method {method or 'of calibration'} cut the range"
     many = f" ({len(records)} tensors are clipped, this one most)" if len(records) > 1 else ""
@@ -497,6 +524,8 @@ def _wide_finding(
 
 # A loss by the kernels that ship that is wrong whatever else is.
 DEPLOYED_LOSS_DB = 3.0
+# ... and one that is not worth a look.
+SMALL_LOSS_DB = 1.0
 # An output that is better than this has no problem.
 GOOD_OUTPUT_DB = 30.0
 
@@ -505,15 +534,16 @@ def kernel_differs(case: Case) -> Iterator[Finding]:
     """Outputs that differ between simulated and deployed runs.
 
     By more than three steps, or the largest element changes place. A problem where the deployed
-    output is below 30 dB and at least 3 dB worse than the simulated one; a note where it is above
-    and no largest element changes place.
+    output is below 30 dB and at least 3 dB worse than the simulated one; a note where no largest
+    element changes place and it is above 30 dB or loses less than 1 dB.
     """
     for output in case.comparison.outputs:
         if not output.deployed_differs:
             continue
         loss = output.sqnr_db - output.deployed_sqnr_db
         good = output.deployed_sqnr_db >= GOOD_OUTPUT_DB
-        severity = NOTE if good and not output.deployed_flips else LOOK
+        harmless = good or abs(loss) < SMALL_LOSS_DB
+        severity = NOTE if harmless and not output.deployed_flips else LOOK
         if loss >= DEPLOYED_LOSS_DB and not good:
             severity = PROBLEM
         steps = output.deployed_max_steps
@@ -1000,9 +1030,9 @@ def outlier(case: Case) -> Iterator[Finding]:
     Percentiles of values are not recorded: the largest value of each channel stands for them. The
     largest channel is above 10 times the median one, at most 2 % of the channels (at least one) are
     above a third of it, and half of the channels are below 25 dB. A Concat's parts are another
-    rule's, the ranges of Softmax and Sigmoid are pinned, and rare samples cannot be seen. From four
-    tensors with the same largest channel on, as along a residual stream, it is one finding: leaving
-    one of them in float then gains nothing.
+    rule's, the ranges of Softmax and Sigmoid are pinned, and rare samples cannot be seen. Tensors
+    with the same largest channel, as along a residual stream or inside a normalization, are one
+    finding: leaving one of them in float then gains little.
     """
     facts = Lookups(case)
     groups: dict[tuple[int, int], list[_Outlier]] = {}
@@ -1011,10 +1041,7 @@ def outlier(case: Case) -> Iterator[Finding]:
         if found is not None:
             groups.setdefault((found.channel, found.channels), []).append(found)
     for group in groups.values():
-        if len(group) > MANY_TENSORS:
-            yield _outlier_finding(group)
-        else:
-            yield from (_outlier_finding([each]) for each in group)
+        yield _outlier_finding(facts, group)
 
 
 def _outlier(facts: Lookups, record: ActivationError) -> _Outlier | None:
@@ -1042,21 +1069,21 @@ def _outlier(facts: Lookups, record: ActivationError) -> _Outlier | None:
     )  # fmt: skip
 
 
-def _outlier_finding(group: list[_Outlier]) -> Finding:
+def _outlier_finding(facts: Lookups, group: list[_Outlier]) -> Finding:
     """Of one tensor, or of all that have the same largest channel."""
     worst = min(group, key=lambda o: o.record.median_channel_sqnr_db)
     record, step = worst.record, max(scales_of(worst.record))
-    many = f"; the same channel does so in {len(group)} tensors" if len(group) > 1 else ""
+    others, sets = (f" and {worst.few - 1} more", "set") if worst.few > 1 else ("", "sets")
+    many = f" The same channel does so in {len(group)} tensors." if len(group) > 1 else ""
     return Finding(
         code="outlier",
         severity=LOOK,
         node=record.node if len(group) == 1 else "",
         tensor=record.name,
         sentence=(
-            f"{counted(worst.few, 'channel')} of {worst.channels} in {_name(record.name)} (channel "
-            f"{worst.channel}: up to {worst.largest:.3g}) set the scale {step:.3g} for all: the "
-            f"median channel reaches {worst.median:.3g} and has "
-            f"{record.median_channel_sqnr_db:.1f} dB{many}."
+            f"Channel {worst.channel}{others} of {worst.channels} in {_name(record.name)}, up to "
+            f"{worst.largest:.3g}, {sets} the scale {step:.3g} for all: the median channel "
+            f"reaches {worst.median:.3g} and has {record.median_channel_sqnr_db:.1f} dB.{many}"
         ),
         evidence={
             "largest_absmax": worst.largest,
@@ -1070,9 +1097,11 @@ def _outlier_finding(group: list[_Outlier]) -> Finding:
             "tensors": [o.record.name for o in group],
         },
         remedy=Remedy(
-            say="Leave the node and its readers in float; or cut the range by a percentile of "
-            "99.9 to 99.99, move the outliers into the weights, or use 16 bits.",
+            say=f"Leave {'the node and its' if len(group) == 1 else 'these nodes and their'} "
+            f"readers in float, or store {'it' if len(group) == 1 else 'them'} in 16 bits; or cut "
+            "the range by a percentile of 99.9 to 99.99, or move the outliers into the weights.",
             exclude=tuple(dict.fromkeys(name for o in group for name in o.exclude)),
+            recipe=_at_16_bits(facts, [o.record for o in group]),
         ),
     )
 
@@ -1155,9 +1184,9 @@ def divisor_zero(case: Case) -> Iterator[Finding]:
             node=way[-1],
             tensor=record.name,
             sentence=(
-                f"{_name(record.name)} ends as a divisor (or logarithm) in {_name(way[-1])}, and "
-                f"its values from {smallest:.3g} on are below half a step of {max(steps):.3g}: the "
-                "smallest become 0."
+                f"{_name(way[-1])} divides by what {_name(record.name)} becomes (or takes its "
+                f"logarithm), whose smallest value {smallest:.3g} is below half a step of "
+                f"{max(steps):.3g} and is rounded to 0."
             ),
             evidence={
                 "smallest_absolute": smallest,
@@ -1198,7 +1227,7 @@ def _exponent(model: Model, node: Node) -> float:
 
 
 _BEFORE_DIVISOR = frozenset(
-    {"Add", "Sub", "Div", "ReduceMean", "ReduceSum", "Sqrt", "Max", "Min", "Clip", *_CARRIES}
+    {"Add", "Sub", "Mul", "Div", "ReduceMean", "ReduceSum", "Sqrt", "Max", "Min", "Clip", *_CARRIES}
 )
 
 
@@ -1211,7 +1240,8 @@ def _from_square(facts: Lookups, tensor: str) -> list[str]:
         node = facts.model.producers.get(name)
         if node is None or node.name in found or hops == _HOPS:
             continue
-        if node.op_type in ("Pow", "Mul"):
+        # A product with a constant is no square, but the division by a count.
+        if node.op_type == "Pow" or (node.op_type == "Mul" and len(facts.computed(node)) > 1):
             found[node.name] = node
         elif node.op_type in _BEFORE_DIVISOR:
             found[node.name] = node
@@ -1268,7 +1298,11 @@ def residual_add(case: Case) -> Iterator[Finding]:
                 "drop_db": drop,
                 "scale": max(scales_of(record)),
             },
-            remedy=Remedy(say="Leave the residual Adds in float.", exclude=(record.node,)),
+            remedy=Remedy(
+                say="Leave the residual Adds in float, or store their sums in 16 bits.",
+                exclude=(record.node,),
+                recipe=_at_16_bits(facts, [record]),
+            ),
         )
 
 

@@ -10,9 +10,11 @@ import importlib.metadata
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from inspector.findings import Finding
     from inspector.model import Model
     from inspector.recipe import QuantConfig
+    from inspector.task_metrics import TaskMetric
 
 FAILED_GATE = 1
 USER_ERROR = 2
@@ -169,7 +172,8 @@ _RUNS = _options(
         "states",
         multiple=True,
         metavar="OUTPUT=INPUT",
-        help="Feed this output back into this input from sample to sample (repeat).",
+        help="Feed this output back into this input from sample to sample (repeat). In search "
+        "and sensitivity, a value without = is the folder that keeps the trials.",
     ),
     click.option(
         "--provider",
@@ -253,6 +257,11 @@ _RECIPE = _options(
     click.option("--nodes", multiple=True, metavar="NODE", help="Quantize these only (repeat)."),
     click.option("--no-preprocess", is_flag=True, help="Quantize the graph as it is."),
     click.option(
+        "--equalize/--no-equalize",
+        default=None,
+        help="Even out channel ranges between layers first (cross-layer equalization).",
+    ),
+    click.option(
         "--calibration-samples",
         type=click.IntRange(min=1),
         metavar="N",
@@ -263,18 +272,39 @@ _RECIPE = _options(
         "overrides",
         multiple=True,
         metavar="TENSOR=LOW:HIGH",
-        help="This range for a tensor (repeat); or TENSOR=SCALE@ZERO_POINT,TYPE.",
+        help="This range for a tensor (repeat); or TENSOR=int16, or TENSOR=SCALE@ZERO_POINT,TYPE.",
     ),
 )
 # The options above by their names in a recipe.
 _RECIPE_KEYS = (
     "format", "activation_type", "weight_type", "method", "percentile", "per_channel",
-    "reduce_range", "activation_symmetric", "weight_symmetric", "calibration_samples",
+    "reduce_range", "activation_symmetric", "weight_symmetric", "equalize", "calibration_samples",
 )  # fmt: skip
+
+# What else outputs are judged by.
+_METRIC = _options(
+    click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        metavar="METRIC",
+        help="Also this figure of the task (repeat), e.g. top1_drop or detection_f1:y@yolov8.",
+    ),
+    click.option(
+        "--expected", metavar="FILE", help="Expected values for --metric expected, as CSV."
+    ),
+)
 
 _JSON = click.option("--json", "json_file", metavar="FILE", help="Write JSON; - for stdout.")
 _CSV = click.option(
     "--csv", "csv_file", metavar="FILE", help="Write a row per tensor; - for stdout."
+)
+_CLUSTER = click.option(
+    "--cluster",
+    default="",
+    envvar="QUANT_INSPECTOR_CLUSTER",
+    metavar="ADDRESS",
+    help="Run on the workers of this Dask scheduler, e.g. tcp://10.0.0.5:8786.",
 )
 _TOP = click.option(
     "--top",
@@ -457,6 +487,20 @@ def _states(states: Sequence[str], model: Model) -> tuple[tuple[str, str], ...]:
     return tuple(_split_pair("--state", text, _STATE, outputs, inputs) for text in states)
 
 
+def _task_metrics(
+    texts: Iterable[str], model: Model, feeds: Feeds, expected: str | None
+) -> tuple[TaskMetric, ...]:
+    """What --metric says, each once."""
+    from inspector.task_metrics import comparable_outputs, parse_metric
+
+    outputs = comparable_outputs(model)
+    path = None if expected is None else Path(expected)
+    return tuple(
+        parse_metric(text, outputs, feeds, expected=path, allow_code=True)
+        for text in dict.fromkeys(texts)
+    )
+
+
 def _report(
     comparison: Comparison,
     *,
@@ -500,11 +544,17 @@ def _print_findings(findings: Sequence[Finding], *, top: int) -> None:
     for each in shown:
         gain = each.evidence.get("output_gain_db")
         _print(printable(f"{_SIGNS[each.severity]} {each.code}: {each.sentence}", LONGEST_WORD))
-        measured = ""
+        measured = []
         if gain is not None:
             ends = (each.evidence["output_before_db"], each.evidence["output_after_db"])
-            measured = f" (measured: {' → '.join(map(format_db, ends))})"
-        _print(printable(f"  {each.remedy.say}{measured}", LONGEST_WORD))
+            measured.append(f"in float: {' → '.join(map(format_db, ends))}")
+        if "recipe_gain_db" in each.evidence:
+            ends = (each.evidence["recipe_before_db"], each.evidence["recipe_after_db"])
+            measured.append(f"re-quantized: {' → '.join(map(format_db, ends))}")
+        elif "recipe_not_measured" in each.evidence:
+            measured.append(f"not measured: {each.evidence['recipe_not_measured']}")
+        said = f" ({'; '.join(measured)})" if measured else ""
+        _print(printable(f"  {each.remedy.say}{said}", LONGEST_WORD))
     if len(findings) > len(shown):
         _print(f"and {len(findings) - len(shown)} more: quant-inspector diagnose lists them")
 
@@ -533,6 +583,47 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
     ]
 
 
+def _goals(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
+    """What --fail-under says: decibels of every output, and numbers by task metric."""
+    from inspector.task_metrics import split_target
+
+    least, goals = None, {}
+    for text in texts:
+        if "=" in text:
+            metric, goals[metric] = split_target(text)
+            continue
+        try:
+            least = float(text)
+        except ValueError:
+            least = math.nan
+        if math.isnan(least):
+            raise click.UsageError("--fail-under takes a number of decibels, or METRIC=VALUE")
+    return least, goals
+
+
+def _metric_gate(
+    comparison: Comparison, goals: Mapping[str, float], *, simulated: bool
+) -> list[str]:
+    """Why the gate fails, one clause per metric that is worse than wanted."""
+    from inspector.render import format_figure
+    from inspector.task_metrics import misses
+
+    which = "simulated" if simulated else "deployed"
+    found = {figure.metric: figure for figure in comparison.metrics}
+    failures = []
+    for metric, wanted in goals.items():
+        figure = found.get(metric)
+        if figure is None:
+            failures.append(f"{metric} could not be measured")
+            continue
+        value = figure.simulated if simulated else figure.deployed
+        if misses(value, wanted, higher_is_better=figure.higher_is_better):
+            bound = "at least" if figure.higher_is_better else "at most"
+            shown, limit = (format_figure(v, figure.unit) for v in (value, wanted))
+            failures.append(f"{metric} is {shown} {which}, wanted {bound} {limit}")
+    return failures
+
+
 @cli.command()
 @click.argument("float_model", metavar="FLOAT")
 @click.argument("quantized_model", metavar="QUANTIZED")
@@ -546,11 +637,15 @@ def _gate(outputs: Sequence[OutputError], threshold: float, *, simulated: bool) 
 @_CSV
 @_TOP
 @click.option(
-    "--fail-under", type=float, metavar="DB", help="Exit 1 where a deployed output is below."
+    "--fail-under",
+    multiple=True,
+    metavar="DB|METRIC=VALUE",
+    help="Exit 1 where a deployed output is below, or a metric worse (repeat).",
 )
 @click.option(
     "--simulated", is_flag=True, help="--fail-under judges outputs with optimisations off."
 )
+@_METRIC
 @_RUNS
 @click.option(
     "--actual", metavar="DIR", help="Tensors dumped from a device, to put beside these figures."
@@ -577,8 +672,10 @@ def compare(
     json_file: str | None,
     csv_file: str | None,
     top: int,
-    fail_under: float | None,
+    fail_under: tuple[str, ...],
     simulated: bool,
+    metrics: tuple[str, ...],
+    expected: str | None,
     mask: str,
     states: tuple[str, ...],
     provider: str,
@@ -590,10 +687,9 @@ def compare(
     **options: Any,
 ) -> int:
     """Where a quantized model departs from its float model, tensor by tensor."""
-    if simulated and fail_under is None:
+    if simulated and not fail_under:
         raise click.UsageError("--simulated says what --fail-under judges: give that too")
-    if fail_under is not None and math.isnan(fail_under):
-        raise click.UsageError("--fail-under takes a number of decibels")
+    least_db, goals = _goals(fail_under)
     if json_file == csv_file == "-":
         raise click.UsageError("only one of --json and --csv can go to stdout")
     _need_feeds(options)
@@ -603,7 +699,7 @@ def compare(
     from inspector.model_files import load_model
     from inspector.render import find_headline, unknown_deployed
 
-    _keep_inputs([float_model, quantized_model, actual], [json_file, csv_file])
+    _keep_inputs([float_model, quantized_model, actual, expected], [json_file, csv_file])
     reference, quantized = load_model(float_model), load_model(quantized_model)
     carried = _states(states, reference)
     matched = _pins(pins, refuse, reference, quantized)
@@ -624,6 +720,7 @@ def compare(
             provider=provider,
             actual=dump,
             isolated=isolated,
+            metrics=_task_metrics((*metrics, *goals), reference, feeds, expected),
             progress=progress,
         )
     comparison = _with_paths(comparison, float_model, quantized_model)
@@ -634,15 +731,14 @@ def compare(
 
         findings = diagnose(case_of(comparison, reference, quantized))
     _report(comparison, json_file=json_file, csv_file=csv_file, top=top, findings=findings)
-    failures = (
-        [] if fail_under is None else _gate(comparison.outputs, fail_under, simulated=simulated)
-    )
+    failures = [] if least_db is None else _gate(comparison.outputs, least_db, simulated=simulated)
+    failures += _metric_gate(comparison, goals, simulated=simulated)
     if failures and not simulated and unknown_deployed(comparison):
         failures = [unknown_deployed(comparison)]
     for failure in failures:
         _say("gate failed", failure)
     found = find_headline(comparison)
-    if fail_under is not None and not failures and found.severity == "problem":
+    if fail_under and not failures and found.severity == "problem":
         _say("warning", f"the gate passed, but: {found.sentence}")
     return FAILED_GATE if failures else 0
 
@@ -789,6 +885,7 @@ def quantize(
         ExclusionList,
         check_same_model,
         effect_of,
+        override_effects,
         resolve,
         write_exclusions,
     )
@@ -854,7 +951,11 @@ def quantize(
         write_exclusions(saved, Path(save_exclusions))
     if json_file != "-":
         _print(printable(f"wrote {output}"))
-        for effect in effect_of(resolved.prepared_names, prepared.model, quantized, None):
+        effects = (
+            *effect_of(resolved.prepared_names, prepared.model, quantized, None),
+            *override_effects(prepared.model, quantized, config),
+        )
+        for effect in effects:
             lines = (f"  {shorten_name(effect.name, 80)}: {effect.status}", *effect.details)
             _print("\n    ".join(printable(line, LONGEST_WORD) for line in lines))
     if comparison is None:
@@ -889,13 +990,18 @@ def quantize(
     help="Try N recipes at most, the most promising first.",
 )
 @click.option("--keep", metavar="FOLDER", help="Keep the models, one file per recipe.")
+@_METRIC
 @_RUNS
+@_CLUSTER
 @_JSON
 def recipes(
     float_model: str,
     recipe: str | None,
     most: int | None,
     keep: str | None,
+    cluster: str,
+    metrics: tuple[str, ...],
+    expected: str | None,
     mask: str,
     states: tuple[str, ...],
     provider: str,
@@ -908,55 +1014,68 @@ def recipes(
     there so far.
     """
     _need_feeds(options)
+    if keep and cluster:
+        raise click.UsageError("--keep keeps what this machine makes: leave out it or --cluster")
+    from inspector.cluster import recipes_at
     from inspector.feeds import split_calibration
     from inspector.model_files import load_model
     from inspector.recipe import QuantConfig
     from inspector.recipe_table import RecipeResult, recipe_grid, recipes_json, run_recipes
     from inspector.render import dump_json, recipes_text
-    from inspector.scheme import COMPUTES_IN_INTEGERS, quant_formats
     from inspector.store import Workspace, default_root
 
-    _keep_inputs([float_model, recipe, options["preprocess"]], [json_file])
+    _keep_inputs([float_model, recipe, options["preprocess"], expected], [json_file])
     if keep and Path(keep).exists() and not Path(keep).is_dir():
         raise ReportError(
             f"{keep} is a file, expected a folder for the models",
             hint="Name a folder; it is made where there is none.",
         )
     model = load_model(float_model)
-    formats = COMPUTES_IN_INTEGERS.intersection(quant_formats(model))
-    if formats:
-        raise ModelError(
-            f"{float_model} is quantized already ({'+'.join(sorted(formats))}), expected a float "
-            "model",
-            hint="Give the float model that it was made from.",
-        )
+    _need_float(model, float_model)
     config = QuantConfig() if recipe is None else _read_recipe_file(recipe, model)
     carried = _states(states, model)
     feeds = _load_feeds(options, model)
     assert feeds is not None
     calibration = _load_calibration(options, model)
     split = split_calibration(feeds, calibration, limit=config.calibration_samples)
+    judged_by = _task_metrics(metrics, model, feeds, expected)
     rows = recipe_grid(config)
     for note in dict.fromkeys((*model.notes, *feeds.notes)):
         _say("warning", note)
     results: list[RecipeResult] = []
 
-    def enough() -> bool:
-        return most is not None and sum(not r.row.reason for r in results) >= most
+    started = 0
 
+    def enough() -> bool:
+        nonlocal started
+        started += 1
+        return most is not None and started > most
+
+    runs: dict[str, Any] = {
+        "rows": rows, "mask": mask, "states": carried, "provider": provider, "metrics": judged_by,
+    }  # fmt: skip
     stopped = False
     try:
-        with _progress("trying") as progress:
+        with (
+            _progress("trying") as progress,
+            recipes_at(
+                cluster,
+                model,
+                feeds,
+                split,
+                **runs,
+                expected=Path(expected) if expected else None,
+                progress=progress,
+            ) as elsewhere,
+        ):
             for result in run_recipes(
                 model,
                 feeds,
                 split,
-                rows=rows,
+                **runs,
                 cache=Workspace(default_root()).cache,
                 output_folder=Path(keep) if keep else None,
-                mask=mask,
-                states=carried,
-                provider=provider,
+                elsewhere=elsewhere,
                 progress=progress,
                 stop=enough,
             ):
@@ -982,6 +1101,22 @@ def recipes(
     if json_file != "-":
         _print(recipes_text(table))
     return INTERRUPTED if stopped else 0
+
+
+def _need_float(model: Model, shown: str) -> None:
+    """Refuses a model that is quantized already.
+
+    Raises:
+        ModelError: it is.
+    """
+    from inspector.scheme import COMPUTES_IN_INTEGERS, quant_formats
+
+    formats = COMPUTES_IN_INTEGERS.intersection(quant_formats(model))
+    if formats:
+        raise ModelError(
+            f"{shown} is quantized already ({'+'.join(sorted(formats))}), expected a float model",
+            hint="Give the float model that it was made from.",
+        )
 
 
 def _feed_words(options: Mapping[str, Any]) -> list[str]:
@@ -1032,6 +1167,7 @@ def free(
     feeds the result is compared with the float model.
     """
     from inspector.compare import compare_models
+    from inspector.equalize import comparable_float
     from inspector.exclusions import check_same_model, resolve
     from inspector.freed_file import write_freed
     from inspector.matching import match_tensors
@@ -1057,8 +1193,9 @@ def free(
     ]
     resolved = resolve(wanted, reference)
     feeds = _load_feeds(options, reference)
-    matching = match_tensors(reference, quantized)
-    freed = free_nodes(reference, quantized, matching, resolved.names)
+    made_of = comparable_float(reference, quantized)
+    matching = match_tensors(made_of, quantized)
+    freed = free_nodes(made_of, quantized, matching, resolved.names)
     notes += resolved.notes
     notes += write_freed(
         freed, output, inputs=[reference, quantized], matching=matching, feeds=feeds
@@ -1166,10 +1303,13 @@ def diagnose(
     _need_feeds(options)
     from inspector import diagnosis
     from inspector.compare import compare_models
+    from inspector.feeds import split_calibration
     from inspector.findings import case_of
     from inspector.live import surgery_gain
     from inspector.model_files import load_model
+    from inspector.recipe import QuantConfig, quantizer_format, read_recipe
     from inspector.render import dump_json
+    from inspector.store import Workspace, default_root
 
     _keep_inputs([float_model, quantized_model, recipe], [json_file])
     reference, quantized = load_model(float_model), load_model(quantized_model)
@@ -1191,10 +1331,25 @@ def diagnose(
     comparison = _with_paths(comparison, float_model, quantized_model)
     case = case_of(comparison, reference, quantized, asked)
     with _progress("measuring remedies") as progress:
-        gain_of = None
+        gain_of, recipe_gain_of = None, None
         if not no_preview:
             gain_of = surgery_gain(case, feeds, mask=mask, states=carried, progress=progress)
-        findings = diagnosis.diagnose(case, gain_of=gain_of, progress=progress)
+        if not no_preview and (asked or quantizer_format(quantized)):
+            own = read_recipe(quantized).config if asked is None else QuantConfig.from_json(asked)
+            recipe_gain_of = diagnosis.requantized_gain(
+                case,
+                own,
+                feeds,
+                split_calibration(feeds, limit=own.calibration_samples),
+                cache=Workspace(default_root()).cache,
+                float_model=reference,
+                mask=mask,
+                states=carried,
+                progress=progress,
+            )
+        findings = diagnosis.diagnose(
+            case, gain_of=gain_of, recipe_gain_of=recipe_gain_of, progress=progress
+        )
     if json_file:
         _write(json_file, dump_json({
             "format": "quant-inspector/findings", "version": 1,
@@ -1208,6 +1363,340 @@ def diagnose(
             _print("✓ no rule finds anything wrong")
     for warning in comparison.warnings:
         _say("warning", warning)
+
+
+# ------------------------------------------------------------------------------ sensitivity
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@_FEEDS
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
+)
+@click.option(
+    "--quantized", metavar="FILE", help="Free nodes in this finished file; no recipe is used."
+)
+@click.option(
+    "--metric",
+    default="output_sqnr_db",
+    show_default=True,
+    metavar="METRIC",
+    help="What is measured, e.g. output_sqnr_db:scores or top1_drop.",
+)
+@click.option("--expected", metavar="FILE", help="Expected values for the metric expected, as CSV.")
+@click.option(
+    "--by",
+    type=click.Choice(["node", "block", "op-type"]),
+    default="node",
+    show_default=True,
+    help="What a row is of; a block is what shares the path before the last / of a name.",
+)
+@click.option(
+    "--node", "only", multiple=True, metavar="X", help="Measure these (repeat): a node or pattern."
+)
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    type=click.Choice(["only", "without"]),
+    help="Only this quantized, or all without this (repeat); default both.",
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(["both", "weights", "activations"]),
+    help="What --way only quantizes (repeat); default both together.",
+)
+@click.option(
+    "--coarse",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Look at N samples first and at all only for the most sensitive; 0 takes all at once.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="End after so long with what is there.",
+)
+@_CLUSTER
+@_RECIPE
+@_RUNS
+@_TOP
+@_JSON
+def sensitivity(
+    float_model: str,
+    quantized: str | None,
+    metric: str,
+    expected: str | None,
+    by: str,
+    only: tuple[str, ...],
+    ways: tuple[str, ...],
+    parts: tuple[str, ...],
+    coarse: int,
+    budget: float | None,
+    cluster: str,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    top: int,
+    json_file: str | None,
+    **options: Any,
+) -> int:
+    """What each node, block or operator type costs: only it quantized, and all without it.
+
+    Simulated. With --state DIR trials are kept there, and what was stopped goes on where it was.
+    Ctrl-C shows what is there so far.
+    """
+    begin = time.monotonic()
+    _need_feeds(options)
+    from inspector.cluster import trials_at
+    from inspector.exclusions import resolve
+    from inspector.feeds import split_calibration
+    from inspector.model_files import load_model
+    from inspector.quantizer import UnplannableError
+    from inspector.render import LONGEST_WORD, dump_json, printable, sensitivity_lines
+    from inspector.sensitivity import PARTS, WAYS, measure_sensitivity
+    from inspector.store import Workspace, default_root
+
+    read = [float_model, quantized, options["recipe"], options["preprocess"], expected]
+    _keep_inputs(read, [json_file])
+    folder, carried_texts = _trials_folder(states)
+    model = load_model(float_model)
+    _need_float(model, float_model)
+    config = _config(options, _base_recipe(options, [], model))
+    carried = _states(carried_texts, model)
+    feeds = _load_feeds(options, model)
+    assert feeds is not None
+    calibration = _load_calibration(options, model)
+    split = split_calibration(feeds, calibration, limit=config.calibration_samples)
+    finished = None if quantized is None else load_model(quantized)
+    wanted = resolve(only, model) if only else None
+    for note in (*model.notes, *feeds.notes, *(wanted.notes if wanted else ())):
+        _say("warning", note)
+    with _progress("measuring") as progress:
+        shared: dict[str, Any] = {
+            "cache": Workspace(default_root()).cache, "quantized": finished, "mask": mask,
+            "states": carried, "folder": folder, "progress": progress,
+        }  # fmt: skip
+        given = (model, config, feeds, split, metric)
+        path = None if expected is None else Path(expected)
+        try:
+            with trials_at(cluster, *given, **shared, expected=path, allow_code=True) as trials:
+                table = measure_sensitivity(
+                    trials,
+                    model,
+                    None if wanted is None else wanted.names,
+                    by=by,
+                    ways=ways or WAYS,
+                    parts=parts or PARTS[:1],
+                    coarse_samples=coarse or None,
+                    progress=progress,
+                    stop=lambda: budget is not None and time.monotonic() - begin > budget,
+                )
+        except UnplannableError as error:
+            raise ModelError(
+                f"nothing can be measured in {quantized or float_model}: {error}",
+                hint="Name a file with Q/DQ pairs or integer operators, or leave out --quantized.",
+            ) from error
+    if json_file:
+        data = table.to_json()
+        _write(json_file, dump_json({**data, "float_model": float_model, "quantized": quantized}))
+    if json_file != "-":
+        for line in sensitivity_lines(table, top):
+            _print(printable(line, LONGEST_WORD))
+    for note in table.notes:
+        _say("note", note)
+    return INTERRUPTED if table.interrupted else 0
+
+
+# ----------------------------------------------------------------------------------- search
+
+
+def _trials_folder(states: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """The folder that --state names for trials, and the carried states that it names.
+
+    Raises:
+        click.UsageError: more than one folder.
+    """
+    folders = [text for text in states if "=" not in text]
+    if len(folders) > 1:
+        raise click.UsageError("--state names more than one folder for trials")
+    carried = tuple(text for text in states if "=" in text)
+    return (Path(folders[0]) if folders else None), carried
+
+
+@cli.command()
+@click.argument("float_model", metavar="FLOAT")
+@click.option(
+    "--target",
+    default="output_sqnr_db=20",
+    show_default=True,
+    metavar="METRIC=VALUE",
+    help="The goal: at least or at most that, as the metric has it, e.g. top1_drop=0.01.",
+)
+@click.option("-o", "--output", required=True, metavar="FILE", help="The exclusion list to write.")
+@_FEEDS
+@click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
+)
+@click.option(
+    "--max-float-macs",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Leave at most this share (0..1) of the multiply-accumulates in float.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="End after so long with the best list so far.",
+)
+@click.option(
+    "--simulated", is_flag=True, help="Judge with optimisations off; no file is made for it."
+)
+@click.option("--no-cures", is_flag=True, help="Do not try other recipes beside the list.")
+@click.option("--expected", metavar="FILE", help="Expected values for the metric expected, as CSV.")
+@_CLUSTER
+@_RECIPE
+@_RUNS
+@_JSON
+def search(
+    float_model: str,
+    target: str,
+    output: str,
+    max_float_macs: float | None,
+    budget: float | None,
+    simulated: bool,
+    no_cures: bool,
+    expected: str | None,
+    cluster: str,
+    mask: str,
+    states: tuple[str, ...],
+    provider: str,
+    json_file: str | None,
+    **options: Any,
+) -> int:
+    """Find the smallest list of nodes to leave in float that reaches a goal.
+
+    Judged on feeds that did not calibrate and on the deployed model. With --state DIR trials are
+    kept there, and a search that was stopped goes on where it was. Ctrl-C writes the best so far.
+    """
+    begin = time.monotonic()
+    _need_feeds(options)
+    from inspector.cluster import trials_at
+    from inspector.exclusions import write_exclusions
+    from inspector.feeds import split_calibration
+    from inspector.model_files import load_model
+    from inspector.real_files import RealFiles, cures_for, try_cures
+    from inspector.render import LONGEST_WORD, dump_json, printable
+    from inspector.search import find_exclusions
+    from inspector.search_result import Goal, exclusion_list, search_lines
+    from inspector.store import Workspace, default_root
+    from inspector.task_metrics import split_target
+    from inspector.trials import quantized_nodes
+
+    read = [float_model, options["recipe"], options["preprocess"], expected]
+    _keep_inputs(read, [output, json_file])
+    metric, value = split_target(target)
+    folder, carried_texts = _trials_folder(states)
+    model = load_model(float_model)
+    _need_float(model, float_model)
+    config = _config(options, _base_recipe(options, [], model))
+    carried = _states(carried_texts, model)
+    feeds = _load_feeds(options, model)
+    assert feeds is not None
+    calibration = _load_calibration(options, model)
+    split = split_calibration(feeds, calibration, limit=config.calibration_samples)
+    seen = split.seen if config.static else (False,) * len(feeds)
+    judged = [at for at, known in enumerate(seen) if not known]
+    unseen = bool(judged)
+    for note in dict.fromkeys((*model.notes, *feeds.notes)):
+        _say("warning", note)
+    if not unseen:
+        judged = list(range(len(feeds)))
+        _say("warning", "all feeds calibrate: the goal is judged on feeds that were seen")
+    cache = Workspace(default_root()).cache
+    with (
+        _progress("searching") as progress,
+        trials_at(
+            cluster,
+            model,
+            config,
+            feeds,
+            split,
+            metric,
+            cache=cache,
+            mask=mask,
+            states=carried,
+            folder=folder,
+            beside=True,
+            expected=None if expected is None else Path(expected),
+            allow_code=True,
+            progress=progress,
+        ) as trials,
+    ):
+        goal = Goal.of(trials.metric, value)
+        files = RealFiles(
+            model,
+            feeds,
+            split,
+            trials.metric,
+            judged,
+            cache=cache,
+            optimized=not simulated,
+            mask=mask,
+            states=carried,
+            provider=provider,
+        )
+        left = None if budget is None else max(budget - (time.monotonic() - begin), 0.0)
+        result = find_exclusions(
+            trials,
+            goal,
+            candidates=quantized_nodes(trials, model),
+            accept=None if simulated else lambda names: files.figure(config, names),
+            judged=judged,
+            max_float_macs=max_float_macs,
+            budget_seconds=left,
+            progress=progress,
+        )
+        stopped = result.ended == "stopped"
+        result = replace(result, unseen=unseen)
+        if not no_cures and not stopped and (result.nodes or not result.reached):
+            until = math.inf if budget is None else begin + budget
+            cures = try_cures(
+                files,
+                goal,
+                cures_for(config, result.worst_tensors),
+                progress=progress,
+                stop=lambda: time.monotonic() > until,
+            )
+            result = replace(result, cures=cures)
+    write_exclusions(exclusion_list(result, model, config), Path(output))
+    if json_file:
+        _write(json_file, dump_json(result.to_json()))
+    if json_file != "-":
+        for line in search_lines(result, model):
+            _print(printable(line, LONGEST_WORD))
+        words = ["quant-inspector", "quantize", float_model, "--exclude", output]
+        words += ["-o", f"{Path(float_model).stem}.{config.weight_type}.onnx"]
+        for name in ("inputs", "calibration"):
+            words += [f"--{name}", options[name]] if options[name] else []
+        _print(printable(f"wrote {output}", LONGEST_WORD))
+        _print(printable(shlex.join([*words, *_feed_words(options)]), LONGEST_WORD))
+    for note in result.notes:
+        _say("note", note)
+    if stopped:
+        return INTERRUPTED
+    return 0 if result.reached else FAILED_GATE
 
 
 # ------------------------------------------------------------------------------------ graph
@@ -1246,6 +1735,7 @@ def graph(
     _need_feeds(options)
     from inspector import node_figures
     from inspector.compare import compare_models, feed_for_quantized
+    from inspector.equalize import comparable_float
     from inspector.matching import match_tensors
     from inspector.model_files import load_model, write_proto
     from inspector.node_links import link_nodes
@@ -1260,7 +1750,7 @@ def graph(
     carried = _states(states, reference)
     feeds = _load_feeds(options, reference)
     assert feeds is not None
-    matching = match_tensors(reference, quantized)
+    matching = match_tensors(comparable_float(reference, quantized), quantized)
     links = link_nodes(reference, quantized, matching).to_json()
     if upstream is not None:
         names = {**links["float"], **links["quantized"]}

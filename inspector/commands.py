@@ -27,6 +27,8 @@ def onnxruntime_call(
 ) -> str:
     """Python that makes the same model with ONNX Runtime alone, to copy.
 
+    Equalization is the one thing ONNX Runtime cannot do: its line calls `equalize` here.
+
     `calibration_data_reader` is left for the reader to define. It writes the same bytes where all
     nodes of the file have names.
 
@@ -45,6 +47,13 @@ def onnxruntime_call(
     head: list[str] = []
     body: list[str] = []
     lift = prepared.lifted_to if prepared is not None else None
+    if config.equalize:
+        source = "model.equalized.onnx"
+        body.append("# ONNX Runtime has no equalization: Quant Inspector rewrites the float model")
+        body.append(f"save_model(equalize(load_model({model!r})).model, {source!r})")
+        ours = ("equalize import equalize", "model_files import load_model, save_model")
+        head += [f"from inspector.{each}" for each in ours]
+        model = source
     if config.preprocess:
         source = "model.prepared.onnx"
         skip = "" if prepared is None or prepared.symbolic else ", skip_symbolic_shape=True"
@@ -138,6 +147,8 @@ def onnxruntime_command(
         missing.append("CalibPercentile")
     if config.op_types:
         missing.append("op_types_to_quantize")
+    if config.equalize:
+        missing.append("equalization")
     if config.overrides:
         missing.append("TensorQuantOverrides of these kinds")
     if prepared is not None and prepared.lifted_to is not None:

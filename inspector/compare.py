@@ -6,6 +6,7 @@ silently: what no figure speaks of is in `Comparison.unmatched`, `skipped` or `n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,12 +28,14 @@ from inspector.comparison import (
     OutputError,
     Pin,
     Skipped,
+    TaskFigure,
     Unmatched,
     WeightError,
 )
 from inspector.content import ELEMENTS, Summary
 from inspector.devices import DeviceWatch, Dump, fitted, match_names
-from inspector.errors import FeedError, ModelError, RunError
+from inspector.equalize import CHECKED_FEEDS, comparable_float, equal_db
+from inspector.errors import FeedError, ModelError, QuantizationError, RunError
 from inspector.feeds import Feeds
 from inspector.folding import constant_value
 from inspector.isolation import Isolation
@@ -52,6 +55,7 @@ from inspector.pairs import PairRunner, feed_for_quantized
 from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
 from inspector.scheme import COMPUTES_IN_INTEGERS, QuantFormat, quant_formats, stored_values
 from inspector.states import Carried, States, check_states, likely_states
+from inspector.task_metrics import MetricWatch, TaskMetric
 from inspector.timing import measure_latency as time_sessions
 from inspector.twin import Reducer
 from inspector.watches import (
@@ -457,6 +461,7 @@ class _Pass:
         actual: Dump | None,
         in_runtime: bool,
         isolated: bool,
+        metrics: Sequence[TaskMetric],
     ) -> None:
         self.float_model, self.quantized_model = float_model, quantized_model
         self.matching = matching
@@ -498,6 +503,7 @@ class _Pass:
         compared = {name: watch.pair for name, watch in self.watches.items()}
         self.layouts = OutputLayouts(quantized_model, matching, self.runner.outputs, compared)
         self.task = TaskWatch(feeds.labels) if feeds.labels else None
+        self.metrics = [MetricWatch(metric, padding) for metric in metrics]
         theirs = [(matching.outputs[o], matching.inputs[i]) for o, i in states]
         self.own_state, self.own_deployed = Carried(states), Carried(states)
         self.their_state, self.their_deployed = Carried(theirs), Carried(theirs)
@@ -659,6 +665,7 @@ class _Pass:
                 self.furthest_mask = self.padding.mask_of(feed, name)
         if self.task is not None:
             self.task.add(rows, {n: reference[n] for n in self.runner.outputs}, simulated)
+        self._measure(at, reference, simulated, shipped_float, deployed)
         self._devices(at, reference, actual, deployed)
         for carried, outputs in (
             (self.own_state, reference), (self.their_state, actual),
@@ -680,6 +687,39 @@ class _Pass:
             ]
             if any(further):
                 self.runner.look_at(*further)
+
+    def _measure(
+        self,
+        at: int,
+        reference: Mapping[str, NDArray[Any]],
+        simulated: Mapping[str, NDArray[Any]],
+        shipped_float: Mapping[str, NDArray[Any]],
+        deployed: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """One sample of every task metric."""
+        mask = None if self.padding is None else self.padding.mask
+        own = {n: reference[n] for n in self.runner.outputs}
+        usable = {n: v for n, v in simulated.items() if n not in self.unusable}
+        for watch in self.metrics:
+            watch.add(at, own, usable, shipped_float, deployed, mask)
+
+    def measured(self) -> tuple[TaskFigure, ...]:
+        """One figure per task metric; metrics without one go to `skipped`."""
+        found = []
+        for watch in self.metrics:
+            figure = watch.figure()
+            if figure is not None:
+                found.append(figure)
+                if math.isnan(figure.float_figure):
+                    self.warnings.append(
+                        f"{figure.metric}: the float model's own outputs give no figure on these "
+                        "samples (nothing counts, or NaN)"
+                    )
+                continue
+            why = self.unusable.get(watch.lacks, "it has no partner that can be read")
+            reason, name = f"output {watch.lacks}: {why}", watch.metric.text
+            self.skipped.append(Skipped(name=name, kind="figure", model="", reason=reason))
+        return tuple(found)
 
     def _devices(
         self,
@@ -854,6 +894,7 @@ def compare_models(
     explain_deployed: bool = True,
     in_runtime: bool = True,
     isolated: bool = False,
+    metrics: Sequence[TaskMetric] = (),
     progress: Progress = no_progress,
 ) -> Comparison:
     """Every matched weight, activation and output of two models, over all feeds.
@@ -879,14 +920,18 @@ def compare_models(
             takes longer and gives the same to 1e-6.
         isolated: give every activation its `isolated_sqnr_db` and `added_sqnr_db`, which takes
             about as long again.
+        metrics: what else the outputs are judged by, made for these feeds.
         progress: see `runtime.Progress`.
 
     Raises:
         ModelError: the two files cannot be a float model and its quantized twin.
-        FeedError: `mask` or `states` name no such tensors, or values that do not fit.
+        FeedError: `mask` or `states` name no such tensors, or values that do not fit; or outputs
+            that do not suit a metric.
         RunError: the runtime refuses a model, a feed or the execution provider.
     """
     check_pair(float_model, quantized_model)
+    file = model_file(float_model)
+    float_model, told = _comparable(float_model, quantized_model, feeds)
     padding = Padding(float_model, mask) if mask else None
     check_states(states, float_model)
     progress(0.0, "matching tensors")
@@ -896,13 +941,13 @@ def compare_models(
     run = _Pass(
         float_model, quantized_model, feeds, matching,
         padding=padding, states=states, provider=provider, actual=actual, in_runtime=in_runtime,
-        isolated=isolated,
+        isolated=isolated, metrics=metrics,
     )  # fmt: skip
     progress(0.06, "comparing weights")
     weights, lost_weights = compare_weights(matching, quantized_model)
     _check_pinned(pins, lost_weights)
     run.learn(feeds)
-    warnings = [*float_model.notes, *matching.notes, *feeds.notes]
+    warnings = [*float_model.notes, *told, *matching.notes, *feeds.notes]
     warnings += [c.note for c in matching.conversions.values() if c.note]
     warnings += [
         f"{model.name} holds float16 tensors: each is rounded where it is looked at, while outputs "
@@ -932,6 +977,7 @@ def compare_models(
         if n not in run.unusable
     }
     device = run.device_records()
+    measured = run.measured()
     warnings += run.warnings
     warnings += [
         _deployed_warning(run.outputs[name], record, len(feeds), causes.get(name, ("", ""))[1])
@@ -976,7 +1022,7 @@ def compare_models(
     )
     progress(1.0, "compared")
     return Comparison(
-        float_model=model_file(float_model),
+        float_model=file,
         quantized_model=model_file(quantized_model),
         samples=len(feeds),
         sample_names=tuple(feeds.names),
@@ -998,12 +1044,38 @@ def compare_models(
         not_observed=matching.not_observed,
         nonfinite=tuple(r for records in found for r in records),
         provider=provider,
+        metrics=measured,
         mask=mask,
         states=tuple(states),
         batch=effect if isinstance(effect, BatchEffect) else None,
         device=device,
         pins=tuple(pins),
     )  # fmt: skip
+
+
+def _comparable(
+    float_model: Model, quantized_model: Model, feeds: Feeds
+) -> tuple[Model, tuple[str, ...]]:
+    """What the quantized model's inner tensors are set beside, and what has to be said of it.
+
+    Outputs are judged against the same model, which has to be the float model but for rounding.
+    """
+    equalized = comparable_float(float_model, quantized_model)
+    if equalized is float_model:
+        return float_model, ()
+    checked = feeds.subset(range(min(len(feeds), CHECKED_FEEDS)))
+    try:
+        found = equal_db(float_model, equalized, checked)
+    except QuantizationError as error:
+        return float_model, (
+            f"the file says that it was equalized, but {error.message}: inner tensors and weights "
+            "are compared with the float model as it is, which says little",
+        )
+    return equalized, (
+        "the file was made of the float model with equalized channels: inner tensors and weights "
+        "are compared with that, whose outputs are the float model's to "
+        f"{min(found.values(), default=math.inf):.0f} dB",
+    )
 
 
 def _check_pinned(pins: Iterable[Pin], lost: Iterable[Unmatched]) -> None:

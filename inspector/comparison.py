@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Below 20 dB an output is worth a look.
 LOOK_DB = 20.0
@@ -384,6 +385,34 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TaskFigure:
+    """What the outputs are worth by one task metric (see `task_metrics`).
+
+    Attributes:
+        metric: its text, e.g. "detection_f1:output0@yolov8".
+        unit: "dB", "nats" or "" for none; shares are 0..1.
+        higher_is_better: which direction is good.
+        float_figure: of the float model, simulated; against itself where it is the measure.
+        simulated, deployed: of the quantized model with optimisations off and on; None where it
+            was not run deployed. nan where nothing counts or NaN spoils it.
+        samples: feeds that it was summed over.
+    """
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+    float_figure: float
+    simulated: float
+    deployed: float | None
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As values that `render.strict` takes; the float model's figure is called "float"."""
+        names = ("metric", "unit", "higher_is_better", "float", "simulated", "deployed", "samples")
+        return {n: getattr(self, "float_figure" if n == "float" else n) for n in names}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
     """Deployed latency of one feed on this machine, interleaved runs.
 
@@ -443,6 +472,7 @@ class Comparison:
         batch: None where ranges are fixed or samples cannot share a batch.
         device: tensors dumped from a device; () without a dump.
         pins: matches set by hand.
+        metrics: the task metrics that were asked for.
     """
 
     float_model: ModelFile
@@ -468,6 +498,7 @@ class Comparison:
     batch: BatchEffect | None = None
     device: tuple[DeviceError, ...] = ()
     pins: tuple[Pin, ...] = ()
+    metrics: tuple[TaskFigure, ...] = ()
 
 
 def judged_db(record: OutputError | ActivationError | WeightError) -> float:

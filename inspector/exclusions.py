@@ -469,6 +469,8 @@ STILL_FED = "still fed by Q/DQ"
 WEIGHT_QUANTIZED = "weight still quantized"
 NO_SUCH_NODE = "no such node"
 NOTHING_CHANGED = "nothing changed"
+# Of a tensor that the recipe gives another integer type.
+TYPE_KEPT = "keeps its type"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -479,7 +481,7 @@ class EntryEffect:
         name: the node of the prepared model.
         op_type: that node's, "" where there is none.
         status: "float now", "still fed by Q/DQ", "weight still quantized", "no such node" or
-            "nothing changed".
+            "nothing changed"; of a type set for a tensor, see `override_effects`.
         details: why, one sentence each.
         output_dtype: "float32", or the integer type its output is quantized to right away.
         weight_dtype: of its constant input; None where it has none.
@@ -725,6 +727,10 @@ def _source_dtype(model: Model, tensor: str) -> tuple[str, str]:
         tensor = maker.inputs[0]
 
 
+# Behind the name of a graph output where Q reads it: the output's own is that of what DQ gives.
+_OUTPUT_Q = "_QuantizeInput"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _State:
     """The effective precision of one node in one quantized model."""
@@ -739,8 +745,10 @@ def _state(graph: _Graph, node: Node, quantized: Model) -> _State:
     computed = graph.computed_inputs(node)
     constants = graph.constants(node)
     if there is None:
-        # Replaced by an integer operator, or folded: everything about it is quantized.
-        dtype = next(
+        # Replaced by an integer operator, or folded: everything about it is quantized, where it
+        # was folded to what its output is.
+        named = (_q_dtype(quantized, read) for o in node.outputs for read in (o, f"{o}{_OUTPUT_Q}"))
+        dtype = next(filter(None, named), "") or next(
             (_zero_point_dtype(quantized, n) for n in quantized.nodes if n.op_type == Q), ""
         )
         dtype = dtype or "uint8"  # dynamic quantization has no QuantizeLinear
@@ -865,6 +873,74 @@ def _effect(graph: _Graph, name: str, baseline: Model | None) -> EntryEffect:
         input_dtypes=state.inputs,
         neighbours=tuple(neighbours),
     )
+
+
+def override_effects(
+    prepared: Model, quantized: Model, config: QuantConfig
+) -> tuple[EntryEffect, ...]:
+    """What giving computed tensors another integer type really did, read from the new graph.
+
+    Of every such override of the recipe, in order, under the name of the node that computes the
+    tensor (the tensor's own where it is a graph input). The status is "int16 now" (the type), or
+    "keeps its type".
+
+    Args:
+        prepared: the model that the quantizer was given (`Prepared.model`).
+        quantized: the file it made.
+        config: the recipe.
+    """
+    graph = _Graph(prepared, quantized, config)
+    return tuple(
+        _override_effect(graph, each.tensor, each.quant_type)
+        for each in config.overrides
+        if each.quant_type not in ("", config.activation_type)
+        and each.tensor not in prepared.constant_names
+    )
+
+
+def _override_effect(graph: _Graph, tensor: str, wanted: str) -> EntryEffect:
+    node = graph.prepared.producers.get(tensor)
+    if node is None:
+        state = _State(inputs=(), weight=None, output=_q_dtype(graph.quantized, tensor))
+    else:
+        state = _state(graph, node, graph.quantized)
+    changed = state.output == wanted
+    details = [f"{tensor} stays {state.output or 'in float'}, or has the scale of another tensor"]
+    if changed:
+        alike = [tensor, *_handed_on(graph, tensor, wanted)]
+        readers = dict.fromkeys(
+            c.name
+            for t in alike
+            for c in graph.prepared.consumers.get(t, ())
+            if not set(alike).issuperset(c.outputs)
+        )
+        details = [f"{_sentence_list(alike)} {'is' if len(alike) == 1 else 'are'} {wanted}"]
+        if readers:
+            details.append(f"read so by {_sentence_list(list(readers))}")
+        if state.weight is not None:
+            details.append(f"the weight it is computed with stays {state.weight}")
+        if wanted.endswith("int16"):
+            details.append("ONNX Runtime's CPU kernels compute these nodes in float")
+    return EntryEffect(
+        name=tensor if node is None else node.name,
+        op_type="Input" if node is None else node.op_type,
+        status=f"{wanted} now" if changed else TYPE_KEPT,
+        details=tuple(details),
+        output_dtype=state.output,
+        weight_dtype=state.weight,
+        input_dtypes=state.inputs,
+    )
+
+
+def _handed_on(graph: _Graph, tensor: str, dtype: str) -> list[str]:
+    """The tensors of this type behind a tensor that nodes only hand on."""
+    found: list[str] = []
+    for consumer in graph.prepared.consumers.get(tensor, ()):
+        if consumer.op_type in _CARRIERS | _FOLLOWERS:
+            for output in consumer.outputs:
+                if output not in found and _q_dtype(graph.quantized, output) == dtype:
+                    found += [output, *_handed_on(graph, output, dtype)]
+    return list(dict.fromkeys(found))
 
 
 def _because(keepers: Sequence[str]) -> str:

@@ -47,6 +47,7 @@ from inspector.error_scale import ERROR_STEPS as ERROR_STEPS
 from inspector.error_scale import NO_FIGURE_COLOR as NO_FIGURE_COLOR
 from inspector.error_scale import error_color as error_color
 from inspector.lab import SchemeRow, Trial
+from inspector.pareto import front_of, knee_of
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DEPTH_HEIGHT = 340
@@ -1775,16 +1776,6 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:.3g} MB"
 
 
-def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those (seconds, dB) that no other beats in both, by time."""
-    best, found = -math.inf, []
-    for seconds, db in sorted(points, key=lambda p: (p[0], -_sort_key(p[1]))):
-        if _sort_key(db) > best:
-            best = _sort_key(db)
-            found.append((seconds, db))
-    return found
-
-
 def recipes(
     rows: Sequence[Mapping[str, Any]],
     dark: bool = False,
@@ -1837,9 +1828,9 @@ def recipes(
     reach = max([*times, *floats]) * 1000
     figure.update_xaxes(title_text="latency on this machine, ms", showgrid=False)
     figure.update_xaxes(range=[0, 1.08 * reach], nticks=10)
-    front = _frontier(list(zip(times, numbers, strict=True)))
+    front = front_of(list(zip(times, numbers, strict=True)))
     line = {"color": colors.muted, "width": 1.25, "dash": "dot"}
-    x, y = [1000 * t for t, _ in front], [axis.y(db) for _, db in front]
+    x, y = [1000 * times[i] for i in front], [axis.y(numbers[i]) for i in front]
     _decorate(figure, "frontier", x, y, "lines", line=line, showlegend=False)
     if floats:
         middle = float(np.median(floats))
@@ -1915,6 +1906,199 @@ def _recipe_hover(row: Mapping[str, Any], db: float, seconds: float, size: float
     if row.get("same_as"):
         lines.append(f"same file as {_told(str(row['same_as']))}")
     return "<br>".join(lines)
+
+
+# --- exclusion lists: what they give against what they cost --------------------------------------
+
+LISTS_HEIGHT = 332
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListPoint:
+    """One exclusion list among others.
+
+    Attributes:
+        key: what a click on its mark selects.
+        nodes: how many stay in float.
+        figure: of the metric; nan where an output is not finite.
+        price: on the axis that was chosen.
+        note: a further line for the hover text.
+    """
+
+    key: str
+    nodes: int
+    figure: float
+    price: float
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListAxes:
+    """What the two axes of `exclusion_lists` show.
+
+    Attributes:
+        metric: its name.
+        unit: "dB" or "".
+        higher_is_better: which way is good.
+        price: the title of the horizontal axis, with its unit.
+        price_unit: for the sentences, e.g. "% of the MACs in float".
+    """
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+    price: str
+    price_unit: str
+
+    def text(self, value: float) -> str:
+        """A figure with its unit."""
+        return (
+            _db(value)
+            if self.unit == "dB"
+            else "not finite"
+            if math.isnan(value)
+            else f"{value:.4g}"
+        )
+
+
+def exclusion_lists(
+    points: Sequence[ListPoint],
+    axes: ListAxes,
+    dark: bool = False,
+    *,
+    goal: float | None = None,
+    chosen: str = "",
+    selected: str = "",
+    height: int = LISTS_HEIGHT,
+    title: str | None = None,
+) -> go.Figure:
+    """What exclusion lists give (y) against what they cost (x); clicking one selects it.
+
+    Those that no cheaper list beats are filled and joined; behind the knee more buys little more.
+
+    Args:
+        points: the lists, at best the empty one among them.
+        axes: what is shown.
+        dark: for a dark background.
+        goal: the figure to be reached.
+        chosen: key of the list that a search proposes.
+        selected: key of the list to mark.
+        height: in pixels.
+        title: replaces the sentence.
+    """
+    if not points:
+        note = "Each list that is tried is a mark here at once."
+        return _nothing(title, "No list has been tried yet", note, dark, height)
+    colors = _palette(dark)
+    sign = 1.0 if axes.higher_is_better else -1.0
+    front = front_of([(p.price, sign * p.figure) for p in points])
+    knee = knee_of([(points[i].price, sign * points[i].figure) for i in front])
+    at_knee = None if knee is None else front[knee]
+    finite = [p.figure for p in points if math.isfinite(p.figure)] or [0.0]
+    low, high = (
+        min([*finite, *([goal] if goal is not None else [])]),
+        max([*finite, *([goal] if goal is not None else [])]),
+    )
+    pad = 0.12 * ((high - low) or 1.0)
+    bottom, top = low - pad, high + 1.5 * pad
+    sentence = _lists_title(points, axes, front, goal, chosen)
+    told = [f"{len(points):,} lists", "joined: no cheaper one is better", "click a mark to load it"]
+    figure = _figure(
+        title, sentence, dark, height, " · ".join(told),
+        margin={"r": 24, "t": 62, "b": 44}, showlegend=False,
+    )  # fmt: skip
+    unit = f", {axes.unit}" if axes.unit else ""
+    figure.update_yaxes(range=[bottom, top], nticks=7, title_text=f"{axes.metric}{unit}")
+    dearest = max(p.price for p in points)
+    cheapest = min(p.price for p in points)
+    margin = 0.04 * ((dearest - cheapest) or 1.0)
+    figure.update_xaxes(
+        range=[cheapest - margin, dearest + 2 * margin], title_text=axes.price, showgrid=False
+    )
+
+    def y_of(value: float) -> float:
+        return low - pad / 2 if math.isnan(value) else min(max(value, low), high + pad)
+
+    if goal is not None:
+        _level(figure, goal, colors.accent, "dash")
+        _label(
+            figure, dark, f"goal {axes.text(goal)}", 1, goal, yref="y", xanchor="right",
+            yanchor="bottom", font_color=colors.accent,
+        )  # fmt: skip
+    line = {"color": colors.muted, "width": 1.25, "dash": "dot", "shape": "hv"}
+    x, y = [points[i].price for i in front], [y_of(points[i].figure) for i in front]
+    _decorate(figure, "front", x, y, "lines", line=line)
+    on_front = set(front)
+    for name, which in (("beaten", False), ("front", True)):
+        here = [p for i, p in enumerate(points) if (i in on_front) is which]
+        if not here:
+            continue
+        hover = [_list_hover(p, axes) for p in here]
+        true = {"x": [p.price for p in here], "y": [p.figure for p in here]}
+        marker = {
+            "size": [11 if p.key in (selected, chosen) else 8 if which else 6 for p in here],
+            "color": _fade(colors.quantized, 0.95 if which else 0.35),
+            "line": {
+                "width": [3.0 if p.key == selected else 1.0 for p in here],
+                "color": [colors.accent if p.key == selected else colors.hover for p in here],
+            },
+        }
+        picked = _picked([p.key for p in here], hover, true)
+        _add_marks(figure, name, true["x"], [y_of(p.figure) for p in here], picked, marker=marker)
+    named: dict[int, str] = {}
+    for at, point in enumerate(points):
+        if not point.nodes:
+            named[at] = "none in float"
+        elif point.figure == math.inf:
+            named[at] = f"exact, {_nodes_text(point.nodes)}"
+        if point.key == chosen:
+            named[at] = f"proposed, {_nodes_text(point.nodes)}"
+    if at_knee is not None:
+        more = (
+            f"{named[at_knee]}, knee"
+            if at_knee in named
+            else f"knee, {_nodes_text(points[at_knee].nodes)}"
+        )
+        named[at_knee] = more
+    for at, word in named.items():
+        point = points[at]
+        right = point.price > cheapest + 0.7 * (dearest - cheapest)
+        where = {"ax": -24 if right else 24, "ay": 20, "xanchor": "right" if right else "left"}
+        _pointer(figure, dark, word, point.price, y_of(point.figure), **where)
+    return figure
+
+
+def _nodes_text(count: int) -> str:
+    return f"{count:,} node" + ("" if count == 1 else "s")
+
+
+def _lists_title(
+    points: Sequence[ListPoint],
+    axes: ListAxes,
+    front: Sequence[int],
+    goal: float | None,
+    chosen: str,
+) -> str:
+    """The list that is proposed, or how far the best one got."""
+    finite = [points[i] for i in front if math.isfinite(points[i].figure)]
+    best = finite[-1] if finite else points[front[-1]]
+    mine = next((p for p in points if p.key == chosen), best)
+    sign = 1.0 if axes.higher_is_better else -1.0
+    told = f"{axes.text(mine.figure)} with {_nodes_text(mine.nodes)} in float"
+    told += f" ({_price(mine.price)} {axes.price_unit})"
+    if goal is not None and not sign * mine.figure >= sign * goal:
+        return f"No list tried reaches {axes.text(goal)}; the best gives {told}"
+    return told
+
+
+def _price(value: float) -> str:
+    return f"{value:.3g}" if value else "0"
+
+
+def _list_hover(point: ListPoint, axes: ListAxes) -> str:
+    lines = [f"<b>{_nodes_text(point.nodes)} in float</b>", axes.text(point.figure)]
+    lines.append(f"{_price(point.price)} {axes.price_unit}")
+    return "<br>".join([*lines, *([_escape(point.note)] if point.note else [])])
 
 
 # --- the lab: one tensor under another range or scheme -------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from inspector.comparison import Comparison, Pin
+from inspector.equalize import comparable_float
 from inspector.matching import Matching, match_tensors
 from inspector.model import Model
 
@@ -86,7 +87,7 @@ class Case:
 
     Attributes:
         comparison: of the two models.
-        float_model: the float model.
+        float_model: the float model; equalized where the quantized file says that it was.
         quantized_model: its quantized twin.
         matching: of the two, with what the quantized file carries (`Matching.scheme`).
         recipe: the recipe asked for, as `QuantConfig.to_json` writes it; None where none is known.
@@ -123,6 +124,7 @@ def case_of(
         recipe: the recipe asked for, as `QuantConfig.to_json` writes it; None where none is known.
     """
     pins = (*comparison.pins, *found_by_content(comparison))
+    float_model = comparable_float(float_model, quantized_model)
     return Case(
         comparison=comparison,
         float_model=float_model,

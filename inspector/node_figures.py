@@ -94,6 +94,7 @@ MEASURES: tuple[Measure, ...] = (
             ("local", "Local error"),
             ("isolated", "Isolated error"),
             ("added", "Added error"),
+            ("sensitivity", "Sensitivity"),
         )
     ),
     Measure(
@@ -114,6 +115,7 @@ def sheet(
     profile: Mapping[str, Any] | None = None,
     how: str = "simulated",
     effects: Iterable[Mapping[str, Any]] = (),
+    sensitivity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything the graph shows of a run, as strict JSON.
 
@@ -139,8 +141,10 @@ def sheet(
         profile: the run's times (`workbench.profile_run`), None where they were not measured.
         how: which of them, "simulated" or "deployed".
         effects: of the run's exclusions, as its record keeps them: "name" of a node and "status".
+        sensitivity: what each node costs (`sensitivity.SensitivityTable`), None where it was not
+            measured. A node shows the worst output's SQNR with only this node quantized.
     """
-    maker = _Sheet(comparison, links, profile, how, effects)
+    maker = _Sheet(comparison, links, profile, how, effects, sensitivity)
     sides: dict[str, Any] = {"float": {}, "quantized": {}}
     for side, shown in sides.items():
         for name, link in links[side].items():
@@ -204,8 +208,15 @@ class _Sheet:
         profile: Mapping[str, Any] | None,
         how: str,
         effects: Iterable[Mapping[str, Any]],
+        sensitivity: Mapping[str, Any] | None,
     ) -> None:
         self.links = links
+        self.alone = {
+            name: read_number(row["only"]["both"]["figure"])
+            for row in (sensitivity or {}).get("rows", ())
+            if "both" in row["only"]
+            for name in row["nodes"]
+        }
         self.records = _Records(comparison, links)
         self.lost = {
             u.name: u.reason
@@ -236,6 +247,10 @@ class _Sheet:
         """What one node shows."""
         records = self.float_records(name, link) if side == "float" else self.partners(link)
         figures = _figures(records)
+        for node in (name,) if side == "float" else link["partners"]:
+            if node in self.alone and not link["serves"] and not link["scope"]:
+                figures["sensitivity"] = self.alone[node]
+                break
         spent = self.spent(side, link)
         if spent is not None and self.total[side] > 0:
             figures["seconds"] = spent / self.total[side]

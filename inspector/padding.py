@@ -89,6 +89,11 @@ class Padding:
         batch, positions = mask.shape
         self._seen.append((batch, positions, {n: v.shape for n, v in values.items()}))
 
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """Of the sample that is used."""
+        return self._mask
+
     def use(self, mask: NDArray[np.bool_]) -> None:
         """The sample that the following arrays belong to."""
         self._mask = mask

@@ -26,6 +26,7 @@ from onnxruntime.quantization import (
 )
 
 from inspector.calibration import CALIBRATOR_ERRORS, hushed
+from inspector.equalize import MARK_VERSION, equalize, equalized_notes
 from inspector.errors import (
     ExclusionError,
     ModelError,
@@ -118,14 +119,14 @@ def prepare(model: Model, config: QuantConfig, cache: Path) -> Prepared:
 
     Args:
         model: the float model.
-        config: its `preprocess`, and the types that need a newer opset, matter here.
+        config: its `preprocess`, `equalize` and the types that need a newer opset matter here.
         cache: folder for caches.
 
     Raises:
         QuantizationError: the opset is too old or cannot be lifted.
         ModelError: ONNX cannot read the model's shapes at all.
     """
-    wanted = _wanted_opset(config)
+    wanted = wanted_opset(config)
     lift = wanted if wanted is not None and model.opset < wanted else None
     if not config.preprocess and model.opset < OLDEST_OPSET:
         raise QuantizationError(
@@ -139,6 +140,8 @@ def prepare(model: Model, config: QuantConfig, cache: Path) -> Prepared:
         or hashlib.sha256(model.complete().SerializeToString(deterministic=True)).hexdigest()
     )
     parts = [_PREPARED_VERSION, identity, config.preprocess, lift, runtime_version()]
+    if config.equalize:
+        parts += ["equalize", MARK_VERSION]
     key = hashlib.sha256(json.dumps([*parts, onnx.__version__]).encode()).hexdigest()
     folder = cache / "prepared" / key
     found = _read_prepared(folder)
@@ -147,7 +150,7 @@ def prepare(model: Model, config: QuantConfig, cache: Path) -> Prepared:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
-        _write_prepared(model, config.preprocess, lift, part)
+        _write_prepared(model, config, lift, part)
         try:
             os.rename(part, folder)
         except OSError:
@@ -166,7 +169,8 @@ def prepare(model: Model, config: QuantConfig, cache: Path) -> Prepared:
     return found
 
 
-def _wanted_opset(config: QuantConfig) -> int | None:
+def wanted_opset(config: QuantConfig) -> int | None:
+    """The oldest opset that a recipe's types and scales can be stored in; None where any can."""
     wide = {"int16", "uint16", "int4", "uint4"}
     if config.format != "qdq":
         return None
@@ -191,13 +195,19 @@ def _read_prepared(folder: Path) -> Prepared | None:
         return None
 
 
-def _write_prepared(model: Model, preprocess: bool, lift: int | None, folder: Path) -> None:
+def _write_prepared(model: Model, config: QuantConfig, lift: int | None, folder: Path) -> None:
     notes: list[str] = []
+    preprocess = config.preprocess
     symbolic = True
     # What is too large, and what the runtime refuses, is said here, before a later step blames
     # something else.
     proto = model.complete()
     open_session(model, optimized=False)
+    if config.equalize:
+        # On the user's own graph: its nodes keep their names, so successors are found as ever.
+        made = equalize(model)
+        proto = made.model.complete()
+        notes += equalized_notes(made)
     with tempfile.TemporaryDirectory(prefix="quant-inspector-") as name:
         work = Path(name)
         write_proto(proto, work / "float.onnx")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from inspector.calibration import hushed
-from inspector.comparison import Task, judged_db
+from inspector.comparison import Task, TaskFigure, judged_db
 from inspector.costs import count_macs
 from inspector.errors import InspectorError, QuantizationError
 from inspector.feeds import Feeds
@@ -34,11 +34,14 @@ from inspector.rewrite import switchable
 from inspector.runtime import Feed, Progress, no_progress, open_session
 from inspector.states import Carried, States
 from inspector.switchboard import Switchboard
+from inspector.task_metrics import MetricWatch, TaskMetric
 from inspector.watches import OutputWatch, TaskWatch, TensorWatch
 
 # Of feeds that are held in memory from preview to preview.
 HELD_BYTES = 256 * 2**20
 _KEPT_PLANS = 8
+# What of a model is quantized.
+BOTH, WEIGHTS, ACTIVATIONS = "both", "weights", "activations"
 # ONNX Runtime's entries of `TensorQuantOverrides`, by activation.
 Overrides = Mapping[str, Mapping[str, Any]] | None
 
@@ -84,6 +87,13 @@ class Preview:
         weight_bytes: of all weights as they would be stored.
         whole_weight_bytes: the same without the list.
         seconds: how long the preview took.
+        retyped: activations that get another integer type than the recipe's, with that type.
+        unheeded: activations whose override gives them no type, because they stay in float, are
+            folded or have the scale of another.
+        wide_macs_fraction: share of the multiply-accumulates that are not in float, of nodes that
+            read or give a 16-bit tensor. ONNX Runtime's CPU kernels for integers take 8 bits only:
+            deployed there, these compute in float between the two.
+        metrics: the task metrics that were asked for, simulated.
     """
 
     outputs: tuple[PreviewOutput, ...]
@@ -98,6 +108,10 @@ class Preview:
     whole_weight_bytes: int
     seconds: float
     refused: tuple[tuple[str, str], ...] = ()
+    retyped: tuple[tuple[str, str], ...] = ()
+    unheeded: tuple[str, ...] = ()
+    wide_macs_fraction: float = 0.0
+    metrics: tuple[TaskFigure, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +123,9 @@ class Change:
     regridded: tuple[str, ...] = ()
     float_weights: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+    retyped: tuple[tuple[str, str], ...] = ()
+    unheeded: tuple[str, ...] = ()
+    wide_macs_fraction: float = 0.0
     float_macs_fraction: float
     whole_float_macs_fraction: float
     weight_bytes: int
@@ -125,9 +142,16 @@ class Source(Protocol):
 
     output_names: Collection[str]
 
+    @property
+    def carriers(self) -> Mapping[str, str]: ...
+
     def change(self, exclude: Collection[str], overrides: Overrides) -> Change: ...
 
-    def runner(self, exclude: Collection[str], overrides: Overrides) -> Run: ...
+    def distinct(self, names: Sequence[str]) -> tuple[str, ...]: ...
+
+    def places(self, exclude: Collection[str]) -> frozenset[str]: ...
+
+    def runner(self, exclude: Collection[str], overrides: Overrides, part: str = BOTH) -> Run: ...
 
 
 class RecipeSource:
@@ -139,6 +163,7 @@ class RecipeSource:
         ranges: what was observed, as a file.
         feed: the first sample; its shapes count the multiply-accumulates.
         states: (output, input) pairs that carry over from sample to sample.
+        types: see `Switchboard`.
 
     Raises:
         UnplannableError: this recipe or model has no switchboard.
@@ -151,13 +176,14 @@ class RecipeSource:
         ranges: Path,
         feed: Feed,
         states: States = (),
+        types: Collection[str] = (),
     ) -> None:
         with hushed():
             try:
                 quantizer = open_quantizer(prepared, config, ranges)
                 if quantizer is None:
                     raise UnplannableError("this model is quantized by the public function only")
-                board = Switchboard(quantizer)
+                board = Switchboard(quantizer, types)
             except QUANTIZER_ERRORS as error:
                 raise UnplannableError(shorten(text_of(error))) from error
             except InspectorError as error:
@@ -197,7 +223,13 @@ class RecipeSource:
             UnplannableError: the switchboard cannot show it.
         """
         plan, whole = self._plan(exclude, overrides), self.board.whole
-        share, size = self._costs(plan)
+        share, wide, size = self._costs(plan)
+        own = self._config.activation_type
+        types = {
+            name: entry["quant_type"].name.removeprefix("Q").lower()
+            for name, entry in (overrides or {}).items()
+            if "quant_type" in entry and name not in self._prepared.constant_names
+        }
         return Change(
             freed=tuple(n for n in whole.activations if n not in plan.activations),
             added=tuple(n for n in plan.activations if n not in whole.activations),
@@ -210,28 +242,100 @@ class RecipeSource:
             float_macs_fraction=share,
             whole_float_macs_fraction=self._whole[0],
             weight_bytes=size,
-            whole_weight_bytes=self._whole[1],
+            whole_weight_bytes=self._whole[2],
+            retyped=tuple((n, g.dtype) for n, g in plan.activations.items() if g.dtype != own),
+            unheeded=tuple(
+                name
+                for name, dtype in types.items()
+                if name not in plan.activations or plan.activations[name].dtype != dtype
+            ),
+            wide_macs_fraction=wide,
         )
 
-    def runner(self, exclude: Collection[str], overrides: Overrides = None) -> Run:
-        """What runs the samples under a list, in order."""
-        plan = self._plan(exclude, overrides)
+    def distinct(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names that stand for different nodes, of those that pre-processing fused the first."""
+        found: dict[tuple[str, ...], str] = {}
+        for name in names:
+            own = quantizer_names(self._names, [name], self._config)
+            if own:
+                found.setdefault(own, name)
+        return tuple(found.values())
+
+    def places(self, exclude: Collection[str]) -> frozenset[str]:
+        """The tensors that are quantized under a list.
+
+        Raises:
+            InspectorError, UnplannableError: see `change`.
+        """
+        plan = self._plan(exclude, None)
+        return frozenset((*plan.activations, *plan.weights))
+
+    def all_but(self, names: Collection[str]) -> frozenset[str]:
+        """The list that leaves everything else in float, as names of the prepared model.
+
+        Args:
+            names: of the float file.
+
+        Raises:
+            ExclusionError: a name that is not in the model.
+        """
+        own = quantizer_names(self._names, names, self._config)
+        return frozenset(self._prepared.node_by_name).difference(own)
+
+    def runner(
+        self, exclude: Collection[str], overrides: Overrides = None, part: str = BOTH
+    ) -> Run:
+        """What runs the samples under a list, in order.
+
+        Args:
+            exclude: nodes of the float file.
+            overrides: see `Quantizer.plan`.
+            part: what is quantized: BOTH, WEIGHTS or ACTIVATIONS.
+        """
+        plan = part_of_plan(self._plan(exclude, overrides), part)
         carried = Carried(self._states)
 
         def run(feed: Feed, sample: str) -> Outputs:
-            found = self.board.run(plan, carried.into(feed, sample), sample=sample)
+            given = carried.into(feed, sample)
+            # A state comes out otherwise under every list: what it leads to does not come again.
+            found = self.board.run(plan, given, sample=sample, remember=not self._states)
             carried.keep(found)
             return found
 
         return run
 
-    def _costs(self, plan: Plan) -> tuple[float, int]:
-        """Share of the multiply-accumulates in float, and bytes of the weights."""
+    @property
+    def carriers(self) -> Mapping[str, str]:
+        """By activation without a range of its own, the one whose override is its override.
+
+        What a folded Relu or Clip reads, and what has the scale of another; without any list.
+        """
+        whole = self.board.whole
+        behind = self._behind(whole)
+        return {**whole.shares, **{n: whole.shares.get(r, r) for n, r in behind.items()}}
+
+    def _behind(self, plan: Plan) -> dict[str, str]:
+        """What folded Relus and Clips give, by what they read."""
+        nodes = (self._prepared.node_by_name[name] for name in plan.folded)
+        return {node.inputs[0]: node.outputs[0] for node in nodes}
+
+    def _costs(self, plan: Plan) -> tuple[float, float, int]:
+        """Shares of the multiply-accumulates in float and at 16 bits, and bytes of the weights."""
         nodes = self._prepared.node_by_name
         in_float = {
             name
             for name in self._macs
             if not all(i in plan.activations or i in plan.weights for i in nodes[name].inputs[:2])
+        }
+        behind = self._behind(plan)
+        wide = {n for n, grid in plan.activations.items() if grid.zero_point.itemsize == 2}
+        at_16_bits = {
+            name
+            for name in self._macs
+            if name not in in_float
+            and wide.intersection(
+                [*nodes[name].inputs[:2], *(behind.get(o, o) for o in nodes[name].outputs)]
+            )
         }
         total = 0
         for name in self._prepared.constant_names:
@@ -243,7 +347,7 @@ class RecipeSource:
                 total += grid.scale.nbytes + grid.zero_point.nbytes
             elif info.dtype in FLOAT_DTYPES:
                 total += _size(info.shape) * _BYTES.get(info.dtype, 4)
-        return _share(self._macs, in_float), total
+        return _share(self._macs, in_float), _share(self._macs, at_16_bits), total
 
 
 class SurgerySource:
@@ -284,6 +388,7 @@ class SurgerySource:
         self._states = tuple((matching.outputs[o], matching.inputs[i]) for o, i in states)
         self._macs = count_macs(float_model, feed)
         self._can = frozenset(self._both.can_be_freed)
+        self.carriers: Mapping[str, str] = {}
 
     def change(self, exclude: Collection[str], overrides: Overrides = None) -> Change:
         """What a list changes; the bytes of weights are an estimate from 8-bit ones.
@@ -313,8 +418,29 @@ class SurgerySource:
             whole_weight_bytes=sum(sizes.values()),
         )
 
-    def runner(self, exclude: Collection[str], overrides: Overrides = None) -> Run:
-        """What runs the samples under a list, in order."""
+    def distinct(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Names of nodes that can be freed, of those that are freed as one the first."""
+        found: dict[bytes, str] = {}
+        for name in names:
+            if name in self._can:
+                found.setdefault(self._both.feed([name])[self._both.input_name].tobytes(), name)
+        return tuple(found.values())
+
+    def places(self, exclude: Collection[str]) -> frozenset[str]:
+        """Those places of the file that are quantized under a list, of all that lists can free."""
+        bits = self._both.feed(sorted(self._can.intersection(exclude)))[self._both.input_name]
+        return frozenset(str(at) for at, freed in enumerate(bits) if not freed)
+
+    def runner(
+        self, exclude: Collection[str], overrides: Overrides = None, part: str = BOTH
+    ) -> Run:
+        """What runs the samples under a list, in order.
+
+        Raises:
+            UnplannableError: weights or activations alone are asked for.
+        """
+        if part != BOTH:
+            raise UnplannableError("surgery takes weights and activations together")
         bits = self._both.feed(sorted(self._can.intersection(exclude)))
         carried = Carried(self._states)
 
@@ -350,6 +476,7 @@ class Previewer:
         feeds: at least one.
         mask: the input that marks padding; "" for none.
         states: (output, input) pairs that carry over from sample to sample.
+        metrics: what else the outputs are judged by.
         progress: told the sample that the float model runs on.
 
     Raises:
@@ -364,10 +491,12 @@ class Previewer:
         *,
         mask: str = "",
         states: States = (),
+        metrics: Sequence[TaskMetric] = (),
         progress: Progress = no_progress,
     ) -> None:
         self.source = source
         self.feeds = feeds
+        self._metrics = tuple(metrics)
         self._float_model = float_model
         session = open_session(float_model, optimized=False)
         self._reference: list[Outputs] = []
@@ -423,6 +552,7 @@ class Previewer:
         parts = {n: self._watch(n) for n in self._names}
         watches = {n: OutputWatch(n, part, None, self._padding) for n, part in parts.items()}
         task = TaskWatch(self.feeds.labels) if self.feeds.labels else None
+        metrics = [MetricWatch(metric, self._padding) for metric in self._metrics]
         held = self._held if len(self._held) == len(self.feeds) else self.feeds
         for at, feed in enumerate(held):
             name = self.feeds.names[at]
@@ -436,10 +566,14 @@ class Previewer:
                 watch.add(reference[output], found[output], None, None)
             if task is not None:
                 task.add(self.feeds.rows[at], reference, found)
+            mask = None if self._padding is None else self._padding.mask
+            for metric in metrics:
+                metric.add(at, reference, {n: found[n] for n in self._names}, {}, {}, mask)
         fields = {name: getattr(change, name) for name in Change.__dataclass_fields__}
         return Preview(
             outputs=tuple(_output(w, self.feeds.names) for w in watches.values()),
             task=None if task is None else task.task(),
+            metrics=tuple(f for f in (metric.figure() for metric in metrics) if f is not None),
             seconds=time.perf_counter() - begin,
             **fields,
         )
@@ -458,6 +592,15 @@ class Previewer:
             note="",
         )
         return TensorWatch(pair, self._float_model, self._padding)
+
+
+def part_of_plan(plan: Plan, part: str) -> Plan:
+    """The plan with only its weights (and their biases) or only its activations quantized."""
+    if part == WEIGHTS:
+        return replace(plan, activations={}, folded=frozenset())
+    if part == ACTIVATIONS:
+        return replace(plan, weights={}, biases={}, bias_readers={})
+    return plan
 
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}

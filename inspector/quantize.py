@@ -36,6 +36,7 @@ from onnxruntime.quantization import (
 )
 
 from inspector.calibration import METHODS, SUPPORTED_OP_TYPES, calibrate, copy_model, hushed
+from inspector.equalize import CHECKED_FEEDS, equal_db, equalize
 from inspector.errors import (
     FeedError,
     InspectorError,
@@ -210,6 +211,8 @@ def quantize_model(
     excluded = quantizer_names(prepared, exclude, config)
     only = quantizer_names(prepared, config.nodes, config)
     notes = [*model.notes, *prepared.notes, *_coverage_notes(prepared.model, config)]
+    if config.equalize:
+        notes += _checked_equal(model, calibration, progress)
     observed = None
     if config.static:
         observed = calibrate(
@@ -583,6 +586,27 @@ def _try(
                     f"output {name!r} of the quantized model is NaN or infinite on {sample}"
                 )
     return list(dict.fromkeys(notes))
+
+
+def _checked_equal(model: Model, calibration: Feeds | None, progress: Progress) -> tuple[str, ...]:
+    """How well the equalized model agrees with the float model on calibration feeds.
+
+    Raises:
+        QuantizationError: it is another model.
+    """
+    made = equalize(model)
+    if not made.pairs:
+        return ()
+    try:
+        if calibration is None or not len(calibration):
+            calibration = random_feeds(model, samples=1, seed=0)
+    except FeedError:
+        return ("the equalized model was not run beside the float model: there are no feeds",)
+    feeds = calibration.subset(range(min(len(calibration), CHECKED_FEEDS)))
+    found = equal_db(model, made.model, feeds, progress=part_of(progress, 0.05, 0.1))
+    if not found:
+        return ()
+    return (f"equalized, the float model's outputs are the same to {min(found.values()):.0f} dB",)
 
 
 def _runs(model: Model, feed: Feed) -> bool:

@@ -89,6 +89,11 @@ class Grid:
     zero_point: NDArray[Any]
     axis: int | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Name of the integer type."""
+        return str(self.zero_point.dtype.name)
+
     def same(self, other: Grid) -> bool:
         """Whether both are equal to the bit."""
         return (
@@ -111,6 +116,8 @@ class Plan:
         bias_readers: by initializer, the node whose grid all further readers share.
         folded: the Relu and Clip nodes that are removed, because Q does what they did.
         excluded: the names it was made for.
+        shares: by activation that has the grid of another (what a Reshape or MaxPool hands on), the
+            one whose range it follows from.
     """
 
     activations: Mapping[str, Grid]
@@ -119,6 +126,7 @@ class Plan:
     bias_readers: Mapping[str, str]
     folded: frozenset[str]
     excluded: frozenset[str]
+    shares: Mapping[str, str]
 
     def grid_read(self, node: str, initializer: str) -> tuple[Grid | None, bool]:
         """The grid on which a node reads an initializer, and whether that is an int32 bias's.
@@ -339,13 +347,15 @@ class _WithoutEdits:
 
     def _quantize_sharing_param_tensors(self) -> None:
         waiting = dict(self.shared)
+        self.shares: dict[str, str] = {}
         while waiting:
             ready = {}
             for name, provider in waiting.items():
-                grid = self.activations.get(provider.input_name)
-                grid = grid or self.weights.get(provider.input_name)
+                source = provider.input_name
+                grid = self.activations.get(source) or self.weights.get(source)
                 if grid is not None:
                     ready[name] = grid
+                    self.shares[name] = self.shares.get(source, source)
             if not ready:
                 raise UnplannableError(f"{next(iter(waiting))} shares the grid of no other tensor")
             self.activations.update(ready)
@@ -385,6 +395,7 @@ class _WithoutEdits:
             bias_readers=readers,
             folded=frozenset(n.name for n in self.nodes_to_remove),  # type: ignore[attr-defined]
             excluded=frozenset(self.nodes_to_exclude),  # type: ignore[attr-defined]
+            shares=self.shares,
         )
 
     def _scale_of(self, name: str) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from inspector.calibration import METHODS, SUPPORTED_OP_TYPES
+from inspector.equalize import is_equalized
 from inspector.errors import (
     QuantizationError,
 )
@@ -27,6 +28,8 @@ from inspector.scheme import QuantFormat as Format
 
 FORMATS = ("qdq", "qoperator", "dynamic")
 ACTIVATION_TYPES = ("int8", "uint8", "int16", "uint16")
+# For a tensor that 256 levels are too few for, by the recipe's activation type.
+WIDER_TYPES = {"int8": "int16", "uint8": "uint16"}
 WEIGHT_TYPES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
 COMPUTE_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"})
 
@@ -40,7 +43,7 @@ def nearest_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     return [original for lower in close for original in by_lower[lower]][:count]
 
 
-_OVERRIDE_FORM = "TENSOR=LOW:HIGH or TENSOR=SCALE@ZERO_POINT,TYPE"
+_OVERRIDE_FORM = "TENSOR=LOW:HIGH, TENSOR=TYPE or TENSOR=SCALE@ZERO_POINT,TYPE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,18 +134,20 @@ class TensorOverride:
         if self.scale is not None:
             parts = [f"{float(self.scale)!r}@{self.zero_point}", self.quant_type]
         else:
-            ends = ("" if v is None else repr(float(v)) for v in (self.low, self.high))
-            parts = [":".join(ends), self.quant_type]
+            ends = ["" if v is None else repr(float(v)) for v in (self.low, self.high)]
+            parts = [":".join(ends) if any(ends) or not self.quant_type else "", self.quant_type]
         if self.symmetric is not None:
             parts.append("symmetric" if self.symmetric else "asymmetric")
         return f"{self.tensor}={','.join(part for part in parts if part)}"
 
 
 def parse_override(text: str) -> TensorOverride:
-    """The override written as ``TENSOR=LOW:HIGH`` or ``TENSOR=SCALE@ZERO_POINT,TYPE``.
+    """The override written as one of the forms below.
 
-    An end that is left out is the observed one. A type and, behind a range, "symmetric" or
-    "asymmetric" may follow, with commas. The last "=" counts: names of tensors may hold others.
+    ``TENSOR=LOW:HIGH`` gives a range (an end that is left out is the observed one), ``TENSOR=TYPE``
+    the observed range on another type's grid, ``TENSOR=SCALE@ZERO_POINT,TYPE`` the grid itself. A
+    type and, but for a grid, "symmetric" or "asymmetric" may follow, with commas. The last "="
+    counts: names of tensors may hold others.
 
     Raises:
         QuantizationError: another form, or a value out of its range.
@@ -151,9 +156,12 @@ def parse_override(text: str) -> TensorOverride:
     head, *words = (part.strip() for part in rest.split(","))
     values: dict[str, Any] = {"tensor": tensor}
     try:
-        if not equals or not (":" in head or "@" in head):
+        typed = head in ACTIVATION_TYPES or head in WEIGHT_TYPES
+        if not equals or not (":" in head or "@" in head or typed):
             raise ValueError("has another form")
-        if "@" in head:
+        if typed:
+            values["quant_type"] = head
+        elif "@" in head:
             scale, _, zero_point = head.partition("@")
             values |= {"scale": float(scale), "zero_point": int(zero_point)}
         else:
@@ -169,6 +177,37 @@ def parse_override(text: str) -> TensorOverride:
         raise QuantizationError(
             f"the override {text!r} cannot be used: {error}", hint=f"Write {_OVERRIDE_FORM}."
         ) from error
+
+
+def with_type(
+    override: TensorOverride | None, tensor: str, quant_type: str
+) -> TensorOverride | None:
+    """What gives a tensor an integer type and keeps the range that was set for it.
+
+    A grid's scale is a step of its own type, so the range that it represents takes its place.
+
+    Args:
+        override: what the tensor has; None for nothing.
+        tensor: its name.
+        quant_type: one of `ACTIVATION_TYPES`; "" for the recipe's.
+
+    Returns:
+        None where the recipe's type and the observed range need no override.
+
+    Raises:
+        ValueError: no such type.
+    """
+    values = {} if override is None else override.to_json()
+    if override is not None and override.scale is not None and override.zero_point is not None:
+        if quant_type == override.quant_type:
+            return override
+        first, last = INTEGER_DTYPES[override.quant_type]
+        values = {
+            "low": (first - override.zero_point) * override.scale,
+            "high": (last - override.zero_point) * override.scale,
+        }
+    values |= {"tensor": tensor, "quant_type": quant_type}
+    return None if not quant_type and len(values) == 2 else TensorOverride(**values)
 
 
 def _fits_float32(value: float) -> bool:
@@ -194,6 +233,7 @@ class QuantConfig:
         op_types: quantize only nodes of these types; empty for all the quantizer knows.
         nodes: quantize only these nodes of the float file; empty for all.
         preprocess: run ONNX Runtime's pre-processing first.
+        equalize: even out channels between layers before anything else (see `equalize`).
         calibration_samples: calibrate on at most as many feeds; None for all.
         overrides: tensors whose range, scale or type is given, each once.
 
@@ -213,6 +253,7 @@ class QuantConfig:
     op_types: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     preprocess: bool = True
+    equalize: bool = False
     calibration_samples: int | None = None
     overrides: tuple[TensorOverride, ...] = ()
 
@@ -227,7 +268,7 @@ class QuantConfig:
                 raise ValueError(
                     f"{key} is {getattr(self, key)!r}, expected one of {', '.join(known)}"
                 )
-        for key in ("per_channel", "reduce_range", "preprocess"):
+        for key in ("per_channel", "reduce_range", "preprocess", "equalize"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} is {getattr(self, key)!r}, expected true or false")
         for key in ("activation_symmetric", "weight_symmetric"):
@@ -264,14 +305,15 @@ class QuantConfig:
     def to_json(self) -> dict[str, Any]:
         """The recipe as strict JSON values; keys are our options with underscores.
 
-        "overrides" is there only where there are any.
+        "equalize" and "overrides" are there only where they are set.
         """
         values = {
             f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
             for f in fields(self)
         }
         values["overrides"] = [each.to_json() for each in self.overrides]
-        return values if self.overrides else {k: v for k, v in values.items() if k != "overrides"}
+        later = ("equalize", "overrides")
+        return {key: value for key, value in values.items() if value or key not in later}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> QuantConfig:
@@ -537,9 +579,15 @@ def read_recipe(quantized: Model, float_model: Model | None = None) -> Recipe:
         ranged = [q for q in alike if not (np.all(q.scale == 1.0) and np.all(q.zero_point == 0))]
         if ranged and all(np.all(q.zero_point == middle) for q in ranged):
             activation_symmetric = True
+    overrides: tuple[TensorOverride, ...] = ()
     if len({q.dtype for q in activations}) > 1:
         kinds = Counter(q.dtype for q in activations)
-        notes.append(f"activations are of mixed types ({listed(kinds)}); the commonest is taken")
+        if made_here and kind == "qdq":
+            overrides = _own_types(quantized, scheme, activation_type, float_model)
+        rest = f", with {len(overrides)} tensors of a type of their own" if overrides else ""
+        notes.append(
+            f"activations are of mixed types ({listed(kinds)}); the commonest is taken{rest}"
+        )
 
     op_types = _quantized_op_types(
         quantized, scheme, folds=made_here and activation_symmetric is None
@@ -571,9 +619,39 @@ def read_recipe(quantized: Model, float_model: Model | None = None) -> Recipe:
             weight_symmetric=weights.symmetric,
             op_types=wanted,
             preprocess=pre_processed or not made_here,
+            equalize=is_equalized(quantized),
+            overrides=overrides,
         ),
         op_types=tuple(op_types),
         notes=tuple(notes),
+    )
+
+
+def _own_types(
+    quantized: Model, scheme: Scheme, usual: str, float_model: Model | None
+) -> tuple[TensorOverride, ...]:
+    """The overrides that give activations another type than the usual one.
+
+    ONNX Runtime names a zero point after the tensor whose range it is of, also where others share
+    it. A tensor that the float model does not have is left out.
+    """
+    known = None
+    if float_model is not None:
+        known = {i.name for i in float_model.inputs}
+        known |= {output for node in float_model.nodes for output in node.outputs}
+    found: dict[str, str] = {}
+    for each in scheme.tensors:
+        maker = quantized.producers.get(each.quantized)
+        if each.kind != "activation" or each.qparams.dtype == usual or maker is None:
+            continue
+        zero_point = maker.inputs[2] if len(maker.inputs) > 2 else ""
+        tensor = zero_point.removesuffix("_zero_point")
+        if tensor != zero_point and each.qparams.dtype in ACTIVATION_TYPES:
+            found[tensor] = each.qparams.dtype
+    return tuple(
+        TensorOverride(tensor=tensor, quant_type=dtype)
+        for tensor, dtype in found.items()
+        if known is None or tensor in known
     )
 
 

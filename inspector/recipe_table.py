@@ -13,7 +13,7 @@ import math
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from inspector.calibration import METHODS, calibrate_many
 from inspector.commands import inspector_command
-from inspector.comparison import Task, made_with
+from inspector.comparison import Task, TaskFigure, made_with
 from inspector.errors import CalibrationError, InspectorError, ModelError, ReportError, RunError
 from inspector.feeds import CalibrationSplit, Feeds
 from inspector.folding import DQ, Q
@@ -38,6 +38,7 @@ from inspector.quantize import quantize_model
 from inspector.recipe import QuantConfig
 from inspector.runtime import CPU, Feed, Progress, Session, no_progress, open_session, part_of
 from inspector.states import Carried, States, check_states
+from inspector.task_metrics import MetricWatch, TaskMetric
 from inspector.timing import LatencySample, latency_of_models, measure_latency
 from inspector.watches import TaskWatch
 
@@ -112,6 +113,7 @@ class RecipeResult:
         error: why there is no model, one sentence; "" where there is one.
         outputs: one record per output that can be compared.
         task: top-1 where the feeds have labels.
+        metrics: the task metrics that were asked for and could be measured.
         latency: deployed, on the first feed, in turns with the float model; None where it was not
             measured.
         float_seconds: the float model's median in the same turns.
@@ -125,6 +127,7 @@ class RecipeResult:
     error: str = ""
     outputs: tuple[OutputFigure, ...] = ()
     task: Task | None = None
+    metrics: tuple[TaskFigure, ...] = ()
     latency: LatencySample | None = None
     float_seconds: float | None = None
     size_bytes: int | None = None
@@ -154,6 +157,24 @@ class RecipeResult:
         known = [o.worst_part_sqnr_db for o in self.outputs if o.worst_part_sqnr_db is not None]
         return _lowest(known) if known else None
 
+    @classmethod
+    def from_json(cls, row: RecipeRow, told: Mapping[str, Any]) -> RecipeResult:
+        """What `to_json` gave of a recipe that was tried without being timed."""
+        metrics = [{**each, "float_figure": each["float"]} for each in told["metrics"]]
+        return cls(
+            row=row,
+            error=told["reason"] if told["state"] == "failed" else "",
+            outputs=tuple(OutputFigure(**each) for each in told["outputs"]),
+            task=None if told["task"] is None else Task(**told["task"]),
+            metrics=tuple(
+                TaskFigure(**{f.name: each[f.name] for f in fields(TaskFigure)}) for each in metrics
+            ),
+            size_bytes=told["size_bytes"],
+            sha256=told["sha256"],
+            notes=tuple(told["notes"]),
+            seconds=told["seconds"],
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The row as values that `render.strict` takes."""
         state = "impossible" if self.row.reason else "failed" if self.error else "done"
@@ -169,6 +190,7 @@ class RecipeResult:
             "worst_part_sqnr_db": self.worst_part_db,
             "outputs": [{f.name: getattr(o, f.name) for f in fields(o)} for o in self.outputs],
             "task": None if task is None else {f.name: getattr(task, f.name) for f in fields(task)},
+            "metrics": [figure.to_json() for figure in self.metrics],
             "latency": None
             if sample is None
             else {
@@ -208,6 +230,8 @@ def recipe_label(config: QuantConfig) -> str:
         parts = [METHOD_NAMES[config.method], channels, symmetry, types]
     if config.reduce_range:
         parts.append("7 bit")
+    if config.equalize:
+        parts.append("equalized")
     return " · ".join(parts)
 
 
@@ -370,6 +394,7 @@ class OutputRunner:
         quantized: Model,
         *,
         seen: Sequence[bool] | None = None,
+        metrics: Sequence[MetricWatch] = (),
         progress: Progress = no_progress,
     ) -> tuple[tuple[OutputFigure, ...], Task | None, tuple[str, ...]]:
         """Every output of a quantized model that can be compared, top-1, and notes.
@@ -377,6 +402,7 @@ class OutputRunner:
         Args:
             quantized: made of this float model.
             seen: for each feed whether it was used in calibration; None where that is unknown.
+            metrics: are shown every sample.
             progress: told after every sample; what it raises ends the work.
 
         Raises:
@@ -409,8 +435,10 @@ class OutputRunner:
                     own = carried[1].into(sample.feed, name)
                     actual = deployed.run(own, names, sample=name)
                     carried[1].keep({**own, **actual})
+                mask = None
                 if self.padding is not None:
-                    self.padding.use(self.padding.mask_of(sample.feed, name))
+                    mask = self.padding.mask_of(sample.feed, name)
+                    self.padding.use(mask)
                 for output in names:
                     reference = sample.simulated[output]
                     why = lost.get(output) or _not_comparable(reference, values[output])
@@ -430,6 +458,9 @@ class OutputRunner:
                 if task is not None:
                     rows = self.feeds.rows[sample.at]
                     task.add(rows, {n: sample.simulated[n] for n in names}, values)
+                usable = {n: values[n] for n in names if n not in lost}
+                for watch in metrics:
+                    watch.add(sample.at, sample.simulated, usable, sample.deployed, actual, mask)
         figures = tuple(
             self._figure(n, simulated[n], shipped[n], seen)
             for n in names
@@ -573,6 +604,11 @@ def _merit(result: RecipeResult) -> float:
     return -math.inf if math.isnan(value) else value
 
 
+# Tries recipes in another place, several at a time, and asks for the next as soon as it can take
+# one; a recipe's result comes once it is there.
+Elsewhere = Callable[[Iterator[RecipeRow], Progress], Iterator[RecipeResult]]
+
+
 def run_recipes(
     float_model: Model,
     feeds: Feeds,
@@ -584,6 +620,8 @@ def run_recipes(
     mask: str = "",
     states: States = (),
     provider: str = CPU,
+    metrics: Sequence[TaskMetric] = (),
+    elsewhere: Elsewhere | None = None,
     progress: Progress = no_progress,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[RecipeResult]:
@@ -600,7 +638,9 @@ def run_recipes(
         rows: from `recipe_grid`; those that cannot be come back at once.
         cache: folder for caches: ranges are observed once per method and prepared model.
         output_folder: keeps the models, one file per recipe; None keeps none.
-        mask, states, provider: as for `compare_models`.
+        mask, states, provider, metrics: as for `compare_models`.
+        elsewhere: tries them; None for this process. Nothing is timed then and no model is kept:
+            `output_folder`, `mask` and the like are what `elsewhere` was made with.
         progress: told before and while each recipe is tried; what it raises ends the work, and
             what was yielded stays.
         stop: asked before each recipe; True ends the work after what is done.
@@ -615,11 +655,27 @@ def run_recipes(
     waiting = [row for row in rows if not row.reason]
     if not waiting:
         return
+    tried = _Tried(percentile=shared_percentile(rows))
+    count = len(waiting)
+
+    def following() -> Iterator[RecipeRow]:
+        while waiting and not stop():
+            best = tried.best()
+            at = 0
+            if best is not None:
+                at = min(range(len(waiting)), key=lambda i: (_apart(waiting[i].config, best), i))
+            yield waiting.pop(at)
+
+    if elsewhere is not None:
+        for result in elsewhere(following(), lambda _, text: progress(
+            len(tried.results) / count, f"recipe {len(tried.results) + 1} of {count}: {text}"
+        )):  # fmt: skip
+            tried.results.append(result)
+            yield result
+        progress(1.0, "tried")
+        return
     progress(0.0, "running the float model")
     runner = OutputRunner(float_model, feeds, mask=mask, states=states, provider=provider)
-    percentiles = [row.config.percentile for row in waiting if row.config.method == "percentile"]
-    tried = _Tried(percentile=next(iter(percentiles), None))
-    count = len(waiting)
     with ExitStack() as stack:
         folder = output_folder
         if folder is None:
@@ -634,21 +690,65 @@ def run_recipes(
                     f"the folder {folder} cannot be made: {error.strerror or error}",
                     hint="Name a folder that can be written to.",
                 ) from error
-        while waiting and not stop():
-            best = tried.best()
-            at = 0
-            if best is not None:
-                at = min(range(len(waiting)), key=lambda i: (_apart(waiting[i].config, best), i))
-            row = waiting.pop(at)
+        for row in following():
             done = len(tried.results)
             told = _counted(part_of(progress, 0.95 * done / count, 0.95 * (done + 1) / count),
                             f"recipe {done + 1} of {count}")  # fmt: skip
-            result = _try_recipe(row, runner, split, tried, cache=cache, folder=folder, told=told)
+            result = _try_recipe(
+                row, runner, split, tried, cache=cache, folder=folder, metrics=metrics, told=told
+            )
             tried.results.append(result)
             yield result
         progress(0.95, "timing all of them in turns")
         yield from _timed_together(tried, runner)
     progress(1.0, "tried")
+
+
+def shared_percentile(rows: Iterable[RecipeRow]) -> float | None:
+    """The share of values that the recipes by percentile keep; None for the runtime's own."""
+    found = (r.config.percentile for r in rows if not r.reason and r.config.method == "percentile")
+    return next(found, None)
+
+
+def recipe_trier(
+    float_model: Model,
+    feeds: Feeds,
+    split: CalibrationSplit,
+    *,
+    cache: Path,
+    folder: Path,
+    mask: str = "",
+    states: States = (),
+    provider: str = CPU,
+    metrics: Sequence[TaskMetric] = (),
+    percentile: float | None = None,
+) -> Callable[[RecipeRow], RecipeResult]:
+    """What tries one recipe after the other without timing them, for whoever is `elsewhere`.
+
+    Args:
+        float_model, feeds, split, cache, mask, states, provider, metrics: as for `run_recipes`.
+        folder: for the models, each of which is removed again.
+        percentile: of `shared_percentile`.
+
+    Raises:
+        FeedError: `mask` or `states` do not fit.
+        ModelError, RunError: the float model does not run.
+    """
+    runner = OutputRunner(float_model, feeds, mask=mask, states=states, provider=provider)
+    tried = _Tried(percentile=percentile)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def try_one(row: RecipeRow) -> RecipeResult:
+        result = _try_recipe(
+            row, runner, split, tried, cache=cache, folder=folder, metrics=metrics,
+            told=no_progress, timed=False,
+        )  # fmt: skip
+        for made in folder.iterdir():
+            made.unlink()
+        tried.results.append(result)
+        return result
+
+    return try_one
 
 
 def _counted(progress: Progress, which: str) -> Progress:
@@ -663,7 +763,9 @@ def _try_recipe(
     *,
     cache: Path,
     folder: Path,
+    metrics: Sequence[TaskMetric],
     told: Progress,
+    timed: bool = True,
 ) -> RecipeResult:
     begin = time.perf_counter()
     config = row.config
@@ -690,11 +792,16 @@ def _try_recipe(
             return replace(known, row=row, notes=made.notes, seconds=spent)
         quantized = load_model(target)
         seen = split.seen if config.static else (False,) * len(runner.feeds)
+        watches = [MetricWatch(metric, runner.padding) for metric in metrics]
         figures, task, notes = runner.figures(
-            quantized, seen=seen, progress=_named(part_of(told, 0.6, 0.9), row.label)
+            quantized,
+            seen=seen,
+            metrics=watches,
+            progress=_named(part_of(told, 0.6, 0.9), row.label),
         )
+        measured = [watch.figure() for watch in watches]
         told(0.9, row.label)
-        latency, float_seconds = _latency(quantized, runner)
+        latency, float_seconds = _latency(quantized, runner) if timed else (None, None)
     except CalibrationError as error:
         tried.refused[method] = error
         return _failed(row, error, begin)
@@ -705,6 +812,7 @@ def _try_recipe(
         row=row,
         outputs=figures,
         task=task,
+        metrics=tuple(figure for figure in measured if figure is not None),
         latency=latency,
         float_seconds=float_seconds,
         size_bytes=quantized.size_bytes,

@@ -19,7 +19,7 @@ import typing
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from inspector.comparison import (
     FAR_BELOW_DB,
@@ -32,6 +32,7 @@ from inspector.comparison import (
     OutputError,
     Pin,
     Skipped,
+    TaskFigure,
     Unmatched,
     WeightError,
     first_nonfinite,
@@ -39,6 +40,10 @@ from inspector.comparison import (
     made_with,
 )
 from inspector.errors import ReportError
+
+if TYPE_CHECKING:
+    # They load ONNX, which the app's own process does without.
+    from inspector.sensitivity import Measured, SensitivityTable
 
 COMPARISON_FORMAT = "quant-inspector/comparison"
 COMPARISON_VERSION = 1
@@ -185,6 +190,27 @@ def format_count(count: int, total: int | None = None) -> str:
     return f"{count:,}" if total is None else f"{count:,} of {total:,}"
 
 
+def format_figure(value: float | None, unit: str) -> str:
+    """A task metric's figure with its unit, e.g. ``0.914``, ``31.2 dB``; "–" for None."""
+    if unit == "dB" or value is None:
+        return format_db(value)
+    return f"{format_number(value)} {unit}".rstrip()
+
+
+def metric_text(figure: TaskFigure) -> str:
+    """One line: both models' figures of a task metric, and which direction is good."""
+    which = "higher" if figure.higher_is_better else "lower"
+    ends = (
+        f"{side} {format_figure(value, figure.unit)}"
+        for side, value in (
+            ("float", figure.float_figure),
+            ("simulated", figure.simulated),
+            ("deployed", figure.deployed),
+        )
+    )
+    return f"{printable(figure.metric)}: {', '.join(ends)} ({which} is better)"
+
+
 def format_number(value: float | None) -> str:
     """Four significant digits of a real in the tensor's own unit, e.g. a scale or a range."""
     if value is None:
@@ -263,6 +289,8 @@ _ISSUE_ORDER: dict[type, tuple[str, ...]] = {
         "max_abs_error", "per_sample_sqnr_db",
     ),
 }  # fmt: skip
+# Fields that the format calls otherwise.
+_IN_JSON = {"float_figure": "float"}
 _PER_CHANNEL = frozenset({"channel_sqnr_db", "channel_absmax", "channel_low", "channel_high"})
 
 
@@ -323,6 +351,7 @@ def comparison_json(comparison: Comparison, *, detail: bool = False) -> dict[str
         "batch": strict(comparison.batch),
         "device": records(comparison.device),
         "pins": records(comparison.pins),
+        "metrics": [strict(figure.to_json()) for figure in comparison.metrics],
     }
 
 
@@ -369,11 +398,16 @@ def _read_record(kind: type[Record], value: Any, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {value!r}, expected an object")
     hints, added = _fields(typing.cast(Any, kind))
-    missing = [name for name in hints if name not in value and name not in added]
+    held = {name: _IN_JSON.get(name, name) for name in hints}
+    missing = [held[n] for n in hints if held[n] not in value and n not in added]
     if missing:
         raise ValueError(f"{where} has no {', '.join(map(repr, missing))}")
     return kind(
-        **{n: _read(hint, value[n], f"{where}.{n}") for n, hint in hints.items() if n in value}
+        **{
+            n: _read(hint, value[held[n]], f"{where}.{held[n]}")
+            for n, hint in hints.items()
+            if held[n] in value
+        }
     )
 
 
@@ -1097,6 +1131,7 @@ def _facts(comparison: Comparison) -> list[str]:
             f"quantized {format_percent(task.top1_quantized)}, "
             f"same choice {format_percent(task.top1_agreement)} of {task.samples:,} labels"
         )
+    lines += [f"  {metric_text(figure)}" for figure in comparison.metrics]
     if latency is not None:
         lines.append(
             f"  quantized {format_ms(latency.quantized_seconds)}, "
@@ -1336,6 +1371,14 @@ def _recipe_figure(row: Mapping[str, Any], key: str) -> str:
     return format_db(None if row.get(key) is None else read_number(row[key]))
 
 
+def _metric_cell(figure: Mapping[str, Any] | None) -> str:
+    """A task metric of a recipe, deployed where it was run so."""
+    if figure is None:
+        return "–"
+    value = figure["simulated"] if figure["deployed"] is None else figure["deployed"]
+    return format_figure(read_number(value), figure["unit"])
+
+
 def recipe_finding(table: Mapping[str, Any]) -> str:
     """One sentence on a table of recipes: the best one, and what it costs beside the float model.
 
@@ -1376,6 +1419,8 @@ def recipes_text(table: Mapping[str, Any]) -> str:
     header = ["recipe", "deployed", *(["unseen"] if unseen else []), "simulated"]
     header += ["worst part"] if joined else []
     header += ["top-1", "as float"] if labelled else []
+    metrics = list(dict.fromkeys(f["metric"] for r in done for f in r.get("metrics", ())))
+    header += [shorten_name(metric, 28) for metric in metrics]
     header += ["time", "spread", "size", ""]
     body, same = [], 0
     for row in done:
@@ -1386,6 +1431,8 @@ def recipes_text(table: Mapping[str, Any]) -> str:
         cells += [_recipe_figure(row, "worst_part_sqnr_db")] if joined else []
         if labelled:
             cells += [format_percent(task.get(k)) for k in ("top1_quantized", "top1_agreement")]
+        figures = {f["metric"]: f for f in row.get("metrics", ())}
+        cells += [_metric_cell(figures.get(metric)) for metric in metrics]
         cells += [format_ms(latency.get(k)) for k in ("median_seconds", "spread_seconds")]
         cells += [format_bytes(row["size_bytes"]), "=" if row.get("same_as") else ""]
         same += bool(row.get("same_as"))
@@ -1411,3 +1458,38 @@ def recipes_text(table: Mapping[str, Any]) -> str:
     if table["command"]:
         lines += ["", "The best one again:", f"  {table['command']}"]
     return "\n".join(printable(line, None) for line in lines)
+
+
+def sensitivity_lines(table: SensitivityTable, top: int) -> list[str]:
+    """The most sensitive rows as a table, each figure with its interval."""
+
+    def shown(found: Measured | None) -> str:
+        if found is None:
+            return "–"
+        text = format_figure(found.figure, table.unit)
+        if found.low is None or math.isnan(found.low) or found.low == found.high:
+            return text
+        ends = (format_figure(v, "") for v in (found.low, found.high))
+        return f"{text} [{' … '.join(ends)}]"
+
+    whole = ", ".join(f"{part} {shown(found)}" for part, found in table.whole.items())
+    better = "higher" if table.higher_is_better else "lower"
+    lines = [
+        f"{table.metric} ({better} is better), {table.samples} samples, "
+        f"{table.evaluations} lists run in {format_number(table.seconds)} s",
+        f"everything quantized: {whole or '–'}",
+    ]
+    parts = list(dict.fromkeys(part for row in table.rows for part in row.only))
+    rows = []
+    for row in table.rows[:top]:
+        gain = "–" if row.gain is None else f"{row.gain:+.3g}"
+        cells = [shown(row.only.get(part)) for part in parts]
+        rows.append([shorten_name(row.name, 60), *cells, shown(row.without), gain])
+    heads = [table.by, *(f"only ({p})" if p != "both" else "only this" for p in parts)]
+    rows.insert(0, [*heads, "all without this", "gain"])
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if len(table.rows) > top:
+        lines.append(f"and {len(table.rows) - top} more")
+    reasons = {f"{row.name}: {row.reason}" for row in table.rows if row.reason}
+    return [*lines, *sorted(reasons)]

@@ -7,6 +7,8 @@ another execution provider is named; no custom-op libraries.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +93,26 @@ Progress = Callable[[float, str], None]
 
 def no_progress(_fraction: float, _message: str) -> None:
     """A `Progress` that shows nothing and never stops."""
+
+
+THREADS_VARIABLE = "QUANT_INSPECTOR_THREADS"
+
+
+def chosen_threads() -> int | None:
+    """How many intra-op threads `$QUANT_INSPECTOR_THREADS` asks for; None for the runtime's choice.
+
+    Raises:
+        RunError: it is not a whole number from 1 on.
+    """
+    chosen = os.environ.get(THREADS_VARIABLE, "")
+    if not chosen:
+        return None
+    if not chosen.isascii() or not chosen.isdigit() or int(chosen) < 1:
+        raise RunError(
+            f"{THREADS_VARIABLE} is {shown(chosen)}, expected a whole number from 1 on",
+            hint=f"Set {THREADS_VARIABLE}=1, or unset it.",
+        )
+    return int(chosen)
 
 
 def runtime_version() -> str:
@@ -246,10 +268,7 @@ class Session:
         return names
 
     def _failed(self, sample: str, error: Exception) -> RunError:
-        return RunError(
-            f"{self.name} does not run on {sample}: {_words(error)}",
-            hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
-        )
+        return refused_feed(self.name, sample, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +425,7 @@ def open_session(
         model: a loaded model, a proto, or the path of a file.
         optimized: all graph optimisations (deployed) or none (simulated).
         name: for messages, where `model` has none of its own.
-        threads: intra-op threads; None leaves it to the runtime.
+        threads: intra-op threads; None for those of `chosen_threads`.
         provider: ONNX Runtime's name of the execution provider.
         disabled_transformers: names of graph transformers to leave out of the optimisations.
         outputs: tensors of the main graph to give as outputs beside the model's own.
@@ -432,6 +451,7 @@ def open_session(
     if not optimized:
         # Between the runs of a comparison numpy works: idle threads that spin would slow it down.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    threads = chosen_threads() if threads is None else threads
     if threads is not None:
         options.intra_op_num_threads = threads
     if isinstance(model, Model):
@@ -511,70 +531,80 @@ def run(
 
 
 class BoundSession:
-    """A session of which many inputs stay as they are from run to run.
+    """A session whose values stay where the runtime has put them, bound from run to run.
+
+    Several threads may run it at a time: each has a binding of its own.
 
     Attributes:
         name: the model's name, for messages.
-        output_names: of the model, in order.
+        input_names: of the model, in order.
+        output_kinds: ONNX Runtime's type of each output, e.g. ``"tensor(float)"``.
+        readable: the outputs that can become arrays.
+        casts: those of them that are cast for it.
     """
 
-    def __init__(self, session: Session, bound: Sequence[str]) -> None:
-        """
-        Args:
-            session: an open session.
-            bound: inputs to bind; the others come with every feed.
-        """
+    def __init__(self, session: Session) -> None:
         self.name = session.name
-        self.output_names = session.output_names
+        self.input_names = session.input_names
+        self.output_kinds = {**session.output_dtypes, **session.unreadable}
+        self.readable = frozenset(session.output_names)
+        self.casts = dict(session._casts)
         self._session = session._session
-        self._fed = tuple(n for n in session.input_names if n not in set(bound))
-        self._binding = self._session.io_binding()
-        self._values: dict[str, ort.OrtValue] = {}
-        self._outputs = [session._casts.get(n, n) for n in session.output_names]
-        for output in self._outputs:
-            self._binding.bind_output(output)
+        self._own = threading.local()
 
-    @staticmethod
-    def hold(array: NDArray[Any]) -> ort.OrtValue:
-        """A copy of an array, to be bound by `bind` as often as is wanted."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array).reshape(array.shape))
-
-    def bind(self, name: str, value: ort.OrtValue) -> None:
-        """Gives an input a held value, without a copy."""
-        self._values[name] = value
-        self._binding.bind_ortvalue_input(name, value)
-
-    def set(self, name: str, array: NDArray[Any]) -> None:
-        """Gives an input these values; in place where it has some of this shape and type."""
-        known = self._values.get(name)
-        if known is None or tuple(known.shape()) != array.shape:
-            self.bind(name, self.hold(array))
-        else:
-            known.update_inplace(np.ascontiguousarray(array).reshape(array.shape))
-
-    def run(self, feed: Feed, *, sample: str = "a feed") -> dict[str, NDArray[Any]]:
-        """The outputs by name for one feed.
+    def run(
+        self,
+        values: Mapping[str, ort.OrtValue],
+        outputs: Sequence[str],
+        *,
+        cast: Container[str] = (),
+        sample: str = "a feed",
+    ) -> dict[str, ort.OrtValue]:
+        """Outputs by name, which no later run changes.
 
         Args:
-            feed: arrays by name, for the inputs that are not bound.
+            values: of at least the inputs that have changed since the last run.
+            outputs: names wanted.
+            cast: those of them that are to be of a type that an array can have.
             sample: the feed's name, for messages.
 
         Raises:
-            RunError: the runtime refused the feed.
+            RunError: the runtime refused a value.
         """
+        own = self._own
+        if not hasattr(own, "binding"):
+            own.binding, own.values = self._session.io_binding(), {}
         try:
-            for name in self._fed:
-                if name in feed:
-                    value = _feedable(feed[name])
-                    if isinstance(value, np.ndarray):
-                        value = ort.OrtValue.ortvalue_from_numpy(value)
-                    self._binding.bind_ortvalue_input(name, value)
-            self._session.run_with_iobinding(self._binding)
-            values = self._binding.get_outputs()
+            for name in self.input_names:
+                value = values.get(name)
+                if value is not None and own.values.get(name) is not value:
+                    own.values[name] = value
+                    own.binding.bind_ortvalue_input(name, value)
+            # Bound anew, or the run would write into what the last one gave.
+            for name in outputs:
+                own.binding.bind_output(self.casts.get(name, name) if name in cast else name)
+            self._session.run_with_iobinding(own.binding)
+            found = own.binding.get_outputs()
         except (*ORT_ERRORS, *_BINDING_ERRORS) as error:
-            raise RunError(
-                f"{self.name} does not run on {sample}: {_words(error)}",
-                hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
-            ) from error
-        # Copied: what ONNX Runtime hands out is its own memory.
-        return {n: np.array(v.numpy()) for n, v in zip(self.output_names, values, strict=True)}
+            raise refused_feed(self.name, sample, error) from error
+        return dict(zip(outputs, found, strict=True))
+
+
+def held_value(array: NDArray[Any]) -> ort.OrtValue:
+    """A copy of an array where the runtime wants it.
+
+    Raises:
+        ValueError, RuntimeError: an array of a type that it does not take.
+    """
+    value = _feedable(array)
+    if isinstance(value, ort.OrtValue):
+        return value
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+
+
+def refused_feed(model: str, sample: str, error: Exception) -> RunError:
+    """The error for a feed that a model does not run on."""
+    return RunError(
+        f"{model} does not run on {sample}: {_words(error)}",
+        hint="Check the sample's shapes against the inputs (`quant-inspector show`).",
+    )

@@ -11,6 +11,8 @@ is no index in memory and no lock: a file or folder is completed under a private
     pairs/<id>/pair.json            a float and a quantized model, and the feeds they are run on
     pairs/<id>/draft.json           exclusions ticked but not applied yet
     pairs/<id>/recipes.json         what each recipe gave, as far as they were tried
+    pairs/<id>/search.json          the last search for a list, as far as it got
+    pairs/<id>/trials/              every list that a search measured
     runs/<id>/run.json              a recipe, an exclusion list and the headline of what they gave
     runs/<id>/comparison.json       the whole comparison
     runs/<id>/<model file>          the quantized model this run made
@@ -272,12 +274,14 @@ class PairOptions:
         states: (output, input) pairs of the float model that hand a state from sample to sample.
         device: file or folder of tensors dumped from a device; ``""`` for none.
         provider: ONNX Runtime's name of the execution provider of the deployed run.
+        metric: text of the task metric that outputs are judged by as well; ``""`` for none.
     """
 
     mask: str = ""
     states: tuple[tuple[str, str], ...] = ()
     device: str = ""
     provider: str = CPU_PROVIDER
+    metric: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "states": [list(each) for each in self.states]}
@@ -295,6 +299,7 @@ class PairOptions:
             states=fields.pairs_of_texts("states"),
             device=fields.text("device"),
             provider=fields.text("provider"),
+            metric=fields.text("metric"),
         )
 
 
@@ -367,7 +372,7 @@ class RunRecord:
         parent: id of the run this one was changed from.
         seconds: how long it took.
         summary: headline numbers; non-finite ones as strings.
-        effects: what each exclusion really changed.
+        effects: what each exclusion, and each type set for a tensor, really changed.
         pins: matches set by hand, in effect when it was last compared; files of earlier versions
             lack them.
     """
@@ -416,8 +421,9 @@ class RunRecord:
         )
 
 
-# The key under which the times of a run's nodes are kept.
+# The keys under which the times of a run's nodes are kept, and what each costs.
 PROFILE_KEY = "profile"
+SENSITIVITY_KEY = "sensitivity"
 
 
 def made_by_surgery(run: RunRecord) -> bool:
@@ -682,6 +688,18 @@ class Workspace:
     def save_recipes(self, pair_id: str, table: Mapping[str, Any]) -> None:
         """Replaces a pair's table of recipes: strict JSON."""
         self._write_json(self._existing("pair", pair_id).with_name("recipes.json"), dict(table))
+
+    def search(self, pair_id: str) -> dict[str, Any]:
+        """The last search for a list as far as it got; empty where there was none."""
+        return self._optional(self._existing("pair", pair_id).with_name("search.json")) or {}
+
+    def save_search(self, pair_id: str, found: Mapping[str, Any]) -> None:
+        """Replaces a pair's search: strict JSON."""
+        self._write_json(self._existing("pair", pair_id).with_name("search.json"), dict(found))
+
+    def trials_folder(self, pair_id: str) -> Path:
+        """Where searches of a pair keep their trials."""
+        return self._existing("pair", pair_id).with_name("trials")
 
     def current_pair(self) -> str | None:
         """The id of the pair on screen; None where none was chosen or it is gone."""

@@ -3,7 +3,8 @@
 Leaving a node in float takes no rebuild: an exclusion list is another set of switches, scales, zero
 points and weight values, which the quantizer's own decisions give (`quantizer.Plan`). The base is
 the model with every pair that any list can ask for, Relu and Clip kept as nodes. A pair is an If:
-quantize and dequantize, or hand on, so that a tensor in float costs a copy and no arithmetic.
+quantize and dequantize, or hand on, so that a tensor in float costs a copy and no arithmetic. Where
+tensors may be of a second integer type, the pair's first branch is an If between the two.
 
 What comes out is what the re-quantized file computes with optimisations off; deployed figures take
 the real file.
@@ -11,8 +12,9 @@ the real file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,20 +23,29 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from inspector.quantizer import Grid, Plan, Quantizer, UnplannableError
-from inspector.runtime import BoundSession, Feed, open_session
+from inspector.runtime import Feed, held_value
+from inspector.stages import StagedSession
 
-_Q_SUFFIX = "_QuantizeLinear"
+_Q_SUFFIX, _DQ_SUFFIX = "_QuantizeLinear", "_DequantizeLinear_Output"
 # ONNX Runtime packs the constant second input of these.
 _PACKED = ("MatMul", "Gemm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pair:
-    """One Q/DQ pair of the base: the inputs that stand for its switch, scale and zero point."""
+    """One Q/DQ pair of the base: the inputs that stand for its switches, scale and zero point.
+
+    Attributes:
+        on: quantize, or hand on.
+        scale: of whatever type.
+        zero_points: by integer type, the recipe's own last.
+        switches: by integer type other than the recipe's, what chooses it.
+    """
 
     on: str
     scale: str
-    zero_point: str
+    zero_points: Mapping[str, str]
+    switches: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +66,8 @@ class Switchboard:
 
     Args:
         quantizer: of the recipe.
+        types: integer types, beside the recipe's own, that overrides may put an activation on.
+            16-bit types need opset 21, to which `prepare` lifts a model for them.
 
     Attributes:
         plan: what is switched on now.
@@ -66,25 +79,33 @@ class Switchboard:
         RunError: the runtime refuses it.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, types: Collection[str] = ()) -> None:
         self._quantizer = quantizer
         self.whole = quantizer.plan()
-        base = _Base(quantizer)
+        base = _Base(quantizer, types)
         self._pairs = base.pairs
         self._constants = base.constants
         self._grids = dict(base.grids)
         self._folds = base.folds
         self._plain = base.plain
-        session = open_session(base.proto, optimized=False, name="the switchboard")
-        self._session = BoundSession(session, base.input_names)
+        self._session = StagedSession(
+            base.proto, base.input_names, shapes=base.shapes, name="the switchboard"
+        )
         self.output_names = self._session.output_names
         self._on: dict[str, bool] = {}
-        self._held: dict[str, tuple[Any, ...]] = {}
-        self._values: dict[tuple[Any, ...], Any] = {}
+        self._held: dict[str, bytes] = {}
+        self._values: dict[tuple[str, bytes], Any] = {}
         for name, pair in self._pairs.items():
-            self._put(name, pair, self._grids[name])
+            grid = self._grids[name]
+            for dtype, zero_point in pair.zero_points.items():
+                # The branch of a type that is not chosen needs one as well.
+                self._session.set(zero_point, grid.zero_point.astype(dtype))
+            self._put(name, pair, grid)
         self.plan = self.whole
         self._switch(self.whole)
+        self._session.keep()
+        self._kept_float = False
+        self._lock = threading.Lock()
 
     def plan_of(
         self, exclude: Iterable[str], overrides: Mapping[str, Mapping[str, Any]] | None = None
@@ -96,36 +117,49 @@ class Switchboard:
             overrides: see `Quantizer.plan`.
 
         Raises:
-            UnplannableError: a tensor would get a pair that the base does not have, or another
-                integer type.
+            UnplannableError: a tensor would get a pair or an integer type that the base does not
+                have.
         """
         plan = self._quantizer.plan(exclude, overrides)
         for name, grid in plan.activations.items():
             if name not in self._pairs:
                 raise UnplannableError(f"the list gives {name} a Q/DQ pair of its own")
-            if grid.zero_point.dtype != self._grids[name].zero_point.dtype:
-                raise UnplannableError(f"{name} would be {grid.zero_point.dtype}")
+            if grid.dtype not in self._pairs[name].zero_points:
+                raise UnplannableError(f"{name} would be {grid.dtype}")
         return plan
 
-    def run(self, plan: Plan, feed: Feed, *, sample: str = "a feed") -> dict[str, NDArray[Any]]:
+    def run(
+        self, plan: Plan, feed: Feed, *, sample: str = "a feed", remember: bool = True
+    ) -> dict[str, NDArray[Any]]:
         """The outputs of the model that the quantizer makes by this plan.
+
+        Several threads may run one plan at a time.
 
         Args:
             plan: of `plan_of`.
-            feed: the prepared model's inputs.
+            feed: the prepared model's inputs; not to be changed in place afterwards.
             sample: the feed's name, for messages.
+            remember: the same feed may come again under another plan.
 
         Raises:
             RunError: the runtime refuses the feed.
         """
-        if plan is not self.plan:
-            self._switch(plan)
-        return self._session.run(feed, sample=sample)
+        with self._lock:
+            if not self._kept_float and 2 * len(plan.activations) < len(self._pairs):
+                # Plans with few pairs share what comes before them with the float model.
+                self._switch(_in_float(plan))
+                self._session.keep()
+                self._kept_float = True
+            if plan is not self.plan:
+                self._switch(plan)
+        return self._session.run(feed, sample=sample, remember=remember)
 
     def _put(self, name: str, pair: _Pair, grid: Grid) -> None:
         self._grids[name] = grid
         self._session.set(pair.scale, grid.scale)
-        self._session.set(pair.zero_point, grid.zero_point)
+        self._session.set(pair.zero_points[grid.dtype], grid.zero_point)
+        for dtype, switch in pair.switches.items():
+            self._flip(switch, dtype == grid.dtype)
 
     def _flip(self, switch: str, on: bool) -> None:
         if self._on.get(switch) is not on:
@@ -147,24 +181,36 @@ class Switchboard:
                 self._flip(self._plain[name], grid is None)
                 if grid is None:
                     continue
-            key = (
-                constant.initializer,
-                is_bias,
-                None if grid is None else (grid.scale.tobytes(), grid.zero_point.tobytes()),
-            )
-            if self._held.get(name) == key:
+            mark = b"" if grid is None else _mark(grid, is_bias)
+            if self._held.get(name) == mark:
                 continue
-            self._held[name] = key
+            self._held[name] = mark
             if grid is not None and is_bias:
                 # Changes with the range of what its node reads: not worth keeping.
                 values = self._quantizer.bias_values(constant.initializer, grid)
-                self._session.bind(name, self._session.hold(values))
+                self._session.bind(name, held_value(values), mark)
                 continue
+            key = (constant.initializer, mark)
             if key not in self._values:
                 values = self._quantizer.values(constant.initializer, grid)
-                self._values[key] = self._session.hold(values)
-            self._session.bind(name, self._values[key])
+                self._values[key] = held_value(values)
+            self._session.bind(name, self._values[key], mark)
         self.plan = plan
+
+
+def _in_float(plan: Plan) -> Plan:
+    """The plan without anything quantized."""
+    nothing: dict[Any, Any] = {}
+    return replace(
+        plan, activations=nothing, weights=nothing, biases=nothing, bias_readers=nothing,
+        folded=frozenset(), shares=nothing,
+    )  # fmt: skip
+
+
+def _mark(grid: Grid, is_bias: bool) -> bytes:
+    """The same for the same values of one constant, and for no others; not empty."""
+    kind = b"bias " if is_bias else f"{grid.axis} {grid.dtype} ".encode()
+    return kind + grid.scale.tobytes() + grid.zero_point.tobytes()
 
 
 class _Base:
@@ -180,9 +226,10 @@ class _Base:
         folds: by Relu or Clip that a body reads behind, the switch that takes it away. The
             quantizer folds it all the same, and the body then reads values that nobody rectified.
         input_names: all inputs that were added.
+        shapes: of tensors, as far as the model tells.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, types: Collection[str]) -> None:
         whole = quantizer.quantize(keep_rectifiers=True)
         own = quantizer.nodes
         self.pairs: dict[str, _Pair] = {}
@@ -190,6 +237,7 @@ class _Base:
         self.constants: dict[str, _Constant] = {}
         self.plain: dict[str, str] = {}
         self.folds: dict[str, str] = {}
+        self._types = sorted(types)
         self._stored = {i.name: i for i in whole.graph.initializer}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._taken = {n for node in whole.graph.node for n in (*node.input, *node.output)}
@@ -240,6 +288,7 @@ class _Base:
         stored = {**self._needed, **self._stored}
         graph.initializer.extend(i for name, i in stored.items() if name in used)
         self.input_names = tuple(i.name for i in self._inputs)
+        self.shapes = _shapes(quantizer, nodes)
 
     def _fresh(self, what: str) -> str:
         while True:
@@ -254,32 +303,48 @@ class _Base:
         return name
 
     def _pair(self, quantize: onnx.NodeProto, dequantize: onnx.NodeProto) -> onnx.NodeProto:
-        """An If in place of two nodes."""
+        """An If in place of two nodes, with one more inside for every further type."""
         scale, zero_point = (self._stored[n] for n in quantize.input[1:3])
+        grid = Grid(
+            scale=numpy_helper.to_array(scale), zero_point=numpy_helper.to_array(zero_point)
+        )
+        types = [*(t for t in self._types if t != grid.dtype), grid.dtype]
         pair = _Pair(
             on=self._input("on", onnx.TensorProto.BOOL, ()),
             scale=self._input("scale", scale.data_type, scale.dims),
-            zero_point=self._input("zero_point", zero_point.data_type, zero_point.dims),
+            zero_points={
+                t: self._input("zero_point", _element_type(t), zero_point.dims) for t in types
+            },
+            switches={t: self._input("as", onnx.TensorProto.BOOL, ()) for t in types[:-1]},
         )
         tensor = quantize.name.removesuffix(_Q_SUFFIX)
         self.pairs[tensor] = pair
-        self.grids[tensor] = Grid(
-            scale=numpy_helper.to_array(scale), zero_point=numpy_helper.to_array(zero_point)
-        )
-        integers, real, plain = (self._fresh(n) for n in ("integers", "real", "plain"))
-        inside = []
-        for node, source, result in (
-            (quantize, quantize.input[0], integers), (dequantize, integers, real)
-        ):  # fmt: skip
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            del copy.input[:], copy.output[:]
-            copy.input.extend([source, pair.scale, pair.zero_point])
-            copy.output.append(result)
-            inside.append(copy)
+        self.grids[tensor] = grid
+
+        def through(dtype: str) -> tuple[list[onnx.NodeProto], str]:
+            integers, real = self._fresh("integers"), self._fresh("real")
+            inside = []
+            for node, source, result in (
+                (quantize, quantize.input[0], integers), (dequantize, integers, real)
+            ):  # fmt: skip
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                del copy.input[:], copy.output[:]
+                copy.input.extend([source, pair.scale, pair.zero_points[dtype]])
+                copy.output.append(result)
+                inside.append(copy)
+            return inside, real
+
+        found = through(grid.dtype)
+        for dtype, switch in pair.switches.items():
+            real = self._fresh("real")
+            found = (
+                [self._either(switch, through(dtype), found, real, scale.data_type)], real
+            )  # fmt: skip
+        plain = self._fresh("plain")
         hand_on = helper.make_node("Identity", [quantize.input[0]], [plain])
         return self._either(
-            pair.on, (inside, real), ([hand_on], plain), dequantize.output[0], scale.data_type
+            pair.on, found, ([hand_on], plain), dequantize.output[0], scale.data_type
         )
 
     def _either(
@@ -354,6 +419,24 @@ class _Base:
         name = self._input("constant", proto.data_type, proto.dims)
         self.constants[name] = _Constant(initializer=proto.name, reader=reader.name)
         return name
+
+
+def _shapes(
+    quantizer: Quantizer, nodes: Iterable[onnx.NodeProto]
+) -> dict[str, tuple[int | str | None, ...]]:
+    """Shapes of what the nodes give; a pair gives what it reads."""
+    found: dict[str, tuple[int | str | None, ...]] = {}
+    for node in nodes:
+        for output in node.output:
+            kind = quantizer.source.tensor_type(output.removesuffix(_DQ_SUFFIX))
+            if kind is not None and kind.HasField("shape"):
+                found[output] = tuple(d.dim_value or None for d in kind.shape.dim)
+    return found
+
+
+def _element_type(dtype: str) -> int:
+    """ONNX's number of a numpy type."""
+    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
 
 def _names_read(graph: onnx.GraphProto) -> set[str]:

@@ -54,10 +54,10 @@ def real_values(pair: ActivationPair, values: NDArray[Any]) -> NDArray[Any]:
     return in_float_layout(pair, values)
 
 
-def choices(values: NDArray[Any], rows: int) -> NDArray[np.int64] | None:
-    """The largest element of each row of a batch, where an output holds one vector per row.
+def vectors(values: NDArray[Any], rows: int) -> NDArray[Any] | None:
+    """An output that holds one vector per row of a batch, as (rows, classes).
 
-    (rows, classes), also with axes of length 1 around; None for any other output.
+    Also with axes of length 1 around; None for any other output.
     """
     classes = values.size // rows if rows else 0
     where = values.shape if values.ndim == 1 else values.shape[1:]
@@ -65,7 +65,16 @@ def choices(values: NDArray[Any], rows: int) -> NDArray[np.int64] | None:
         return None
     if rows > 1 and values.shape[0] != rows:
         return None
-    return np.asarray(values.reshape(rows, classes).argmax(axis=1), np.int64)
+    return values.reshape(rows, classes)
+
+
+def choices(values: NDArray[Any], rows: int) -> NDArray[np.int64] | None:
+    """The largest element of each row of a batch, where an output holds one vector per row.
+
+    (rows,); None for any other output.
+    """
+    found = vectors(values, rows)
+    return None if found is None else np.asarray(found.argmax(axis=1), np.int64)
 
 
 def _moved(qparams: QParams, pair: ActivationPair) -> QParams:

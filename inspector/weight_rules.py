@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -20,11 +20,13 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import numpy as np
 from numpy.typing import NDArray
 
+from inspector.arrays import counted, listed
 from inspector.comparison import LOOK_DB, ActivationError, WeightError, judged_db
-from inspector.errors import QuantizationError
+from inspector.equalize import equalize
+from inspector.errors import ModelError, QuantizationError
 from inspector.findings import LOOK, NOTE, PROBLEM, Case, Finding, Remedy
 from inspector.folding import constant_value
-from inspector.matching import clip_limits
+from inspector.matching import RECTIFIERS, clip_limits
 from inspector.model import FLOAT_DTYPES, Model, Node
 from inspector.qparams import (
     FLOAT_CODES,
@@ -69,7 +71,10 @@ _CHAIN = 8
 # Scale in the file by the scale of the observed range.
 _TOO_WIDE, _TOO_NARROW = 1.9, 0.55
 # At most so many tensors with the same sign are named one by one.
-_MANY = 8
+_MANY = 3
+# A scale so near to that of the observed range is the one calibrated on these very samples, and a
+# file of which so many are has no reason for another one.
+_EXACT, _NEARLY_ALL = 0.01, 0.9
 
 _CHANNELLED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -127,6 +132,19 @@ class _Fit:
         """Groups whose values share an offset of whole steps."""
         whole = np.abs(self.offset - np.rint(self.offset)) < 0.25
         return np.asarray(self.explained & (np.abs(self.offset) > 0.9) & whole)
+
+    def evidence(self, where: NDArray[np.intp]) -> dict[str, Any]:
+        """How many groups are meant, and what rounding and what the line leaves of them."""
+        return {
+            "groups_off": int(where.size),
+            "groups": int(self.gain.size),
+            "off_fraction": float(self.off_fraction[where].mean()),
+            "left_fraction": float(self.left_fraction[where].max()),
+        }
+
+    def part(self, name: str, where: NDArray[np.intp]) -> str:
+        """A weight's name with the channels that are meant."""
+        return f"{name} (channels {listed((str(c) for c in where), 4)} of {self.gain.size})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,8 +254,9 @@ def _fit(qparams: QParams, reference: NDArray[np.float64], actual: NDArray[np.fl
     gain = cov / safe
     offset = mean_u - gain * mean_x
     error = np.sqrt(1 / 12 / (count * safe))
-    # Values that hardly differ tell a factor from an offset only by what a zero point may be.
-    alike = var_x * gain * gain < 1
+    # Values that hardly differ tell a factor from an offset only by what a zero point may be. With
+    # a deviation of 0.7 steps what rounding adds is independent of them (Widrow's theorem).
+    alike = var_x * gain * gain < 0.5
     if alike.any():
         signed = qparams.dtype.startswith("int")
         near = np.where(np.abs(mean_x) > 1, mean_x, 1.0)
@@ -349,12 +368,6 @@ def _known_weights(case: Case) -> Iterator[_Weight]:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _listed(names: Iterable[str], limit: int = 3) -> str:
-    given = list(names)
-    more = f" and {len(given) - limit} more" if len(given) > limit else ""
-    return ", ".join(given[:limit]) + more
 
 
 def _excluding(*nodes: str) -> tuple[str, ...]:
@@ -606,9 +619,7 @@ def weight_gain(case: Case) -> Iterator[Finding]:
         sure = abs(gain - 1) > _GAIN_PROBLEM and not folded
         sure = sure and (whole or where.size <= fit.gain.size / 4)
         scale = float(weight.qparams.scale.reshape(-1)[0 if not fit.channels else worst])
-        part = weight.name
-        if not whole:
-            part += f" (channels {_listed((str(c) for c in where), 4)} of {fit.gain.size})"
+        part = weight.name if whole else fit.part(weight.name, where)
         why = (
             "what is computed with it is right, so a factor was folded into it"
             if folded
@@ -625,10 +636,7 @@ def weight_gain(case: Case) -> Iterator[Finding]:
                 "gain": gain,
                 "scale_in_file": scale,
                 "scale_expected": scale / gain,
-                "groups_off": int(where.size),
-                "groups": int(fit.gain.size),
-                "off_fraction": float(fit.off_fraction[where].mean()),
-                "left_fraction": float(fit.left_fraction[where].max()),
+                **fit.evidence(where),
             },
             remedy=Remedy(
                 say=f"Divide the scale of {weight.quantized_name} by {_number(gain)}, or "
@@ -662,9 +670,7 @@ def weight_offset(case: Case) -> Iterator[Finding]:
         steps = round(float(fit.offset[worst]))
         zero = weight.qparams.zero_point.reshape(-1)
         found = int(zero[worst if fit.channels and zero.size > 1 else 0])
-        part = weight.name
-        if fit.channels:
-            part += f" (channels {_listed((str(c) for c in where), 4)} of {fit.gain.size})"
+        part = fit.part(weight.name, where) if fit.channels else weight.name
         yield Finding(
             code="weight-offset",
             severity=PROBLEM,
@@ -677,10 +683,7 @@ def weight_offset(case: Case) -> Iterator[Finding]:
                 "offset_steps": steps,
                 "zero_point_in_file": found,
                 "zero_point_expected": found + steps,
-                "groups_off": int(where.size),
-                "groups": int(fit.gain.size),
-                "off_fraction": float(fit.off_fraction[where].mean()),
-                "left_fraction": float(fit.left_fraction[where].max()),
+                **fit.evidence(where),
             },
             remedy=Remedy(
                 say=f"Set the zero point of {weight.quantized_name} to {found + steps}, or "
@@ -1113,6 +1116,7 @@ class _Range:
 
     Attributes:
         record: its figures.
+        members: all tensors that share the scale, this one first.
         scale, zero_point: in the file.
         low, high: observed, of all tensors that share the scale, 0 included.
         expected: parameters for that range, symmetric where the file's are.
@@ -1120,6 +1124,7 @@ class _Range:
     """
 
     record: ActivationError
+    members: tuple[str, ...]
     scale: float
     zero_point: int
     low: float
@@ -1136,15 +1141,24 @@ class _Range:
         """How far the zero point lies from the one that goes with this scale, where it does."""
         return self.zero_point - int(self.plain.zero_point)
 
-    @property
-    def misplaced(self) -> bool:
-        """The scale is that of the observed range, the zero point is not, and values are lost."""
-        codes = code_range(self.record.dtype)
-        span = codes[1] - codes[0]
-        if not 0.9 <= self.scale / float(self.plain.scale) <= 1.1:
-            return False
+    def misplaced(self, *, asymmetric: bool, exact: bool) -> bool:
+        """The scale is that of the observed range, the zero point is not, and values are lost.
+
+        Args:
+            asymmetric: most other zero points of the file are not in the middle. Where they are, a
+                range that grew to twice the calibrated one has this scale, too.
+            exact: nearly all scales of the file are those of the observed ranges.
+        """
+        low, high = code_range(self.record.dtype)
+        shift = abs(self.shift_steps) / (high - low)
+        off = abs(self.scale / float(self.plain.scale) - 1)
         lost = self.record.saturated_fraction
-        return abs(self.shift_steps) > span / 4 and (lost is None or lost > 0.01)
+        if lost == 0:
+            return False
+        if off < 0.1 and shift > 1 / 4 and (asymmetric or lost is None or lost > 0.01):
+            return True
+        # Ranges of other samples are rarely as wide and moved, least of all just onto 0.
+        return asymmetric and off < 0.02 and shift > 1 / 16 and (exact or self.zero_point == 0)
 
 
 def _sources(
@@ -1166,10 +1180,13 @@ def _ranges(case: Case) -> list[_Range]:
     Tensors that a node only moves or joins share one scale: they are judged together, by the
     first of them.
     """
+    # What a node takes out of a table of weights has their scale, not one of an observed range.
+    tables = {(w.node, w.scale) for w in case.comparison.weights if w.kind == "weight"}
     records = {
         a.name: a
         for a in case.comparison.activations
         if a.dtype in INTEGER_DTYPES
+        and (a.node, a.scale) not in tables
         and a.dtype != "int32"
         and (_scalar(a.scale) or 0) > 0
         and math.isfinite(_scalar(a.scale) or math.nan)
@@ -1195,8 +1212,8 @@ def _ranges(case: Case) -> list[_Range]:
         groups.setdefault(first(name), []).append(record)
     found = []
     for name, members in groups.items():
-        low = min(0.0, *(m.observed_low for m in members))
-        high = max(0.0, *(m.observed_high for m in members))
+        seen = [_read_range(case.float_model, m) for m in members]
+        low, high = min(0.0, *(s[0] for s in seen)), max(0.0, *(s[1] for s in seen))
         record = records[name]
         scale, zero = _scalar(record.scale), _scalar(record.zero_point)
         if scale is None or zero is None or high - low < np.finfo(np.float32).tiny:
@@ -1209,11 +1226,32 @@ def _ranges(case: Case) -> list[_Range]:
             continue
         found.append(
             _Range(
-                record=record, scale=scale, zero_point=int(zero), low=low, high=high,
-                expected=expected, plain=plain,
+                record=record,
+                members=(name, *(m.name for m in members if m.name != name)),
+                scale=scale,
+                zero_point=int(zero),
+                low=low,
+                high=high,
+                expected=expected,
+                plain=plain,
             )
-        )  # fmt: skip
+        )
     return found
+
+
+def _read_range(model: Model, record: ActivationError) -> tuple[float, float]:
+    """The observed range of a tensor as far as it is read.
+
+    The quantizer gives what only a Relu or Clip reads the range behind that.
+    """
+    low, high = record.observed_low, record.observed_high
+    readers = model.consumers.get(record.name, ())
+    if len(readers) == 1 and readers[0].op_type in RECTIFIERS and not record.is_output:
+        limits = (0.0, math.inf)
+        if readers[0].op_type == "Clip":
+            limits = clip_limits(readers[0], model)
+        low, high = (min(max(end, limits[0]), limits[1]) for end in (low, high))
+    return low, high
 
 
 def _pinned(given: _Range) -> bool:
@@ -1228,18 +1266,18 @@ def activation_scale(case: Case) -> Iterator[Finding]:
     """Scales and zero points of activations that do not go with the observed range.
 
     A look by the range alone: another set of samples may have other ranges. A problem where the
-    file contradicts itself (a bias keeps the product of scales it was quantized with), or where
-    the scale is exactly that of the observed range and the zero point of another. Nothing by the
-    range where feeds are random.
+    file contradicts itself (a bias keeps the product of scales it was quantized with, or nearly all
+    other scales are those of these very samples), or where the scale is that of the observed range
+    and the zero point of another. Nothing by the range where feeds are random.
     """
     differing = {f.tensor for f in qdq_pair_differs(case)}
     ranges = [] if case.comparison.random_feeds else _ranges(case)
     known = {r.record.name: r for r in ranges}
-    told = {
-        name: (factor, reader)
-        for name, (factor, reader) in _against_biases(case).items()
-        if name not in differing
-    }
+    lead = {name: r.record.name for r in ranges for name in r.members}
+    told: dict[str, tuple[float, str]] = {}
+    for name, (factor, reader) in _against_biases(case).items():
+        if name not in differing and lead.get(name, name) not in differing:
+            told.setdefault(lead.get(name, name), (factor, reader))
     makers = {p.name: p.node.name if p.node is not None else "" for p in case.matching.activations}
     for name, (factor, reader) in told.items():
         own = known.get(name)
@@ -1264,12 +1302,16 @@ def activation_scale(case: Case) -> Iterator[Finding]:
         )
     left = [r for r in ranges if r.record.name not in told and r.record.name not in differing]
     left = [r for r in left if not _pinned(r)]
-    moved = [r for r in left if r.misplaced]
+    exact = sum(abs(r.ratio - 1) < _EXACT for r in left) >= _NEARLY_ALL * len(left)
+    # One that was put in the middle does not make the file symmetric.
+    centred = sum(r.zero_point == _midway(r.record.dtype) for r in ranges)
+    asymmetric = centred * 2 < len(ranges)
+    moved = [r for r in left if r.misplaced(asymmetric=asymmetric, exact=exact)]
     for own in moved:
         record = own.record
         yield Finding(
             code="activation-scale",
-            severity=LOOK if record.op_type == "Input" else PROBLEM,
+            severity=LOOK if record.op_type == "Input" and not exact else PROBLEM,
             node=record.node,
             tensor=record.name,
             sentence=f"{record.name} has zero point {own.zero_point}, expected "
@@ -1296,6 +1338,10 @@ def activation_scale(case: Case) -> Iterator[Finding]:
     off = [r for r in left if r not in moved and not _TOO_NARROW < r.ratio < _TOO_WIDE]
     off = [r for r in off if (r.scale, r.zero_point) != (1.0, 0)]  # see `degenerate_range`
     off.sort(key=lambda r: -abs(math.log(r.ratio)))
+    asked = _overridden(case)
+    for own in [r for r in off if exact and asked.isdisjoint(r.members)]:
+        off.remove(own)
+        yield _off_range(own, 0, len(ranges), exact=True)
     for wide in (True, False):
         side = [r for r in off if (r.ratio > 1) is wide]
         # Where many are a little off, it is how the file was calibrated: said once.
@@ -1308,6 +1354,12 @@ def activation_scale(case: Case) -> Iterator[Finding]:
             yield _off_range(rest[0], len(rest), len(ranges))
 
 
+def _overridden(case: Case) -> set[str]:
+    """Tensors whose range the recipe asked for gives by hand."""
+    entries = (case.recipe or {}).get("overrides") or ()
+    return {str(entry.get("tensor")) for entry in entries}
+
+
 def _range_evidence(own: _Range) -> dict[str, Any]:
     return {
         "scale_in_file": own.scale,
@@ -1318,7 +1370,15 @@ def _range_evidence(own: _Range) -> dict[str, Any]:
     }
 
 
-def _off_range(own: _Range, many: int, of: int) -> Finding:
+def _off_range(own: _Range, many: int, of: int, *, exact: bool = False) -> Finding:
+    """A scale that does not go with the observed range.
+
+    Args:
+        own: the one that is named.
+        many: how many are meant with it, 0 for this one alone.
+        of: all that were judged.
+        exact: nearly all others do go with theirs.
+    """
     record = own.record
     effect = (
         "most codes are never used"
@@ -1332,6 +1392,11 @@ def _off_range(own: _Range, many: int, of: int) -> Finding:
         f"observed range {_number(own.low)} to {_number(own.high)} asks for "
         f"({_number(float(own.expected.scale))}): {effect}."
     )
+    if exact:
+        sentence = (
+            f"{sentence[:-1]}. Nearly all of the {of} scales of the file are those of these "
+            "samples, so this one was changed after calibration or set by hand."
+        )
     if many:
         sentence = (
             f"{many} of {of} scales do not go with the observed ranges, as after calibration on "
@@ -1339,7 +1404,7 @@ def _off_range(own: _Range, many: int, of: int) -> Finding:
         )
     return Finding(
         code="activation-scale",
-        severity=LOOK,
+        severity=PROBLEM if exact else LOOK,
         node="" if many else record.node,
         tensor=record.name,
         sentence=sentence,
@@ -1448,12 +1513,21 @@ def degenerate_range(case: Case) -> Iterator[Finding]:
 # -- what the choice of scales costs -------------------------------------------------------------
 
 
+# A scale of its own would win the median channel so much, dB: one bit.
+_ONE_BIT_DB = 6.0
+
+
 def channel_range(case: Case) -> Iterator[Finding]:
-    """Weights with one scale for channels of very different range. Always a look.
+    """Weights with one scale for channels of very different range. A look, one for the file.
 
     At least a tenth of the channels below 15 dB, or the largest channel 64 times the one that
-    nine tenths of them exceed. Channels that are all zero do not count.
+    nine tenths of them exceed. Channels that are all zero do not count. Where hardly a weight is so
+    bad and an output is below 20 dB all the same, many that lose a bit each are told instead: half
+    of at least four weights, whose median channel would win 6 dB and more.
     """
+    bad: list[tuple[WeightError, dict[str, Any]]] = []
+    losses: list[float] = []
+    worst_loss: tuple[float, WeightError] | None = None
     for weight in case.comparison.weights:
         if (
             weight.kind != "weight"
@@ -1465,9 +1539,13 @@ def channel_range(case: Case) -> Iterator[Finding]:
             continue
         absmax = np.asarray(weight.channel_absmax)
         live = absmax > 0
-        if live.sum() < 2:
+        if live.sum() < 2 or not np.isfinite(absmax).all():
             continue
         ranges, sqnr = absmax[live], np.asarray(weight.channel_sqnr_db)[live]
+        loss = float(np.median(20 * np.log10(ranges.max() / ranges)))
+        losses.append(loss)
+        if worst_loss is None or loss > worst_loss[0]:
+            worst_loss = loss, weight
         low = sqnr < 15
         spread = float(ranges.max() / np.percentile(ranges, 10))
         # A weight that is wrong altogether has no channel that is right.
@@ -1475,29 +1553,144 @@ def channel_range(case: Case) -> Iterator[Finding]:
             continue
         if low.mean() < 0.1 and spread <= 64:
             continue
+        evidence = {
+            "channels": int(live.sum()),
+            "channels_below_15_db": int(low.sum()),
+            "largest_by_smallest": float(ranges.max() / ranges.min()),
+            "largest_by_10th_percentile": spread,
+            "worst_channel_sqnr_db": float(sqnr.min()),
+            "median_channel_sqnr_db": float(np.median(sqnr)),
+            "sqnr_db": weight.sqnr_db,
+        }
+        bad.append((weight, evidence))
+    typical = float(np.median(losses)) if len(losses) > _MANY else 0.0
+    poor = any(judged_db(o) < LOOK_DB for o in case.comparison.outputs)
+    if len(bad) > 1 or (bad and not (poor and typical > _ONE_BIT_DB)):
+        yield _channel_finding(bad)
+    elif poor and typical > _ONE_BIT_DB and worst_loss is not None:
+        loss, weight = worst_loss
         yield Finding(
             code="channel-range",
             severity=LOOK,
-            node=weight.node,
+            node="",
             tensor=weight.name,
-            sentence=f"{weight.name} of {weight.node} has one scale for {live.sum()} channels, "
-            f"whose largest values differ {_number(float(ranges.max() / ranges.min()))} times: "
-            f"{int(low.sum())} of them are below 15 dB, while the whole has {weight.sqnr_db:.1f} "
-            "dB.",
+            sentence=f"{len(losses)} weights have one scale for all their channels: with scales of "
+            f"their own, the median channel would win {typical:.1f} dB in half of them and "
+            f"{loss:.1f} dB in {weight.name}. The losses of many nodes add up.",
             evidence={
-                "channels": int(live.sum()),
-                "channels_below_15_db": int(low.sum()),
-                "largest_by_10th_percentile": spread,
-                "worst_channel_sqnr_db": float(sqnr.min()),
-                "median_channel_sqnr_db": float(np.median(sqnr)),
-                "sqnr_db": weight.sqnr_db,
+                "tensors": len(losses),
+                "typical_gain_db": typical,
+                "largest_gain_db": loss,
             },
-            remedy=Remedy(
-                say="Quantize weights per channel.",
-                recipe={"per_channel": True},
-                exclude=_excluding(weight.node),
-            ),
+            remedy=Remedy(say="Quantize weights per channel.", recipe={"per_channel": True}),
         )
+    yield from _uneven_layers(case, [weight for weight, _ in bad])
+
+
+# The largest channel of an activation by its median one, and what the latter then loses.
+_UNEVEN_RATIO, _UNEVEN_DB = 16.0, 20.0
+
+
+def _uneven_layers(case: Case, bad: Collection[WeightError]) -> Iterator[Finding]:
+    """What cross-layer equalization may cure: channels that differ between two layers. A look.
+
+    Weights with one scale that it would even out; else, where all such weights have a scale per
+    channel, activations between two layers whose largest channel has more than 16 times the range
+    of the median one, which is below 20 dB.
+
+    Args:
+        case: what to look at.
+        bad: weights with one scale for channels of very different range.
+    """
+    records = {a.name: a for a in case.comparison.activations}
+    uneven = {n: ratio for n, a in records.items() if (ratio := _channel_ratio(a)) is not None}
+    if not bad and not uneven:
+        return
+    try:
+        pairs = equalize(case.float_model).pairs
+    except ModelError:
+        return
+    nodes = case.float_model.node_by_name
+    touched = [w for w in bad if any(w.node in (p.first, p.second) for p in pairs)]
+    if touched:
+        worst = min(touched, key=lambda w: w.median_channel_sqnr_db)
+        pair = next(p for p in pairs if worst.node in (p.first, p.second))
+        node, tensor = worst.node, worst.name
+        which = f"{worst.name} of {node}" + (
+            f" and {len(touched) - 1} more weights with one scale lie" if touched[1:] else " lies"
+        )
+        evidence: dict[str, Any] = {"median_channel_sqnr_db": worst.median_channel_sqnr_db}
+    else:
+        between = {
+            tensor: p
+            for p in pairs
+            for n in (p.first, *p.through)
+            for tensor in nodes[n].outputs
+            if tensor in uneven
+        }
+        if not between:
+            return
+        tensor = max(between, key=lambda name: uneven[name])
+        pair, node = between[tensor], records[tensor].node
+        which = (
+            f"The channels of {tensor} differ {_number(uneven[tensor])} times (the largest by the "
+            f"median one, which has {records[tensor].median_channel_sqnr_db:.1f} dB); it lies"
+        )
+        evidence = {
+            "largest_by_median": uneven[tensor],
+            "median_channel_sqnr_db": records[tensor].median_channel_sqnr_db,
+        }
+    yield Finding(
+        code="channel-range",
+        severity=LOOK,
+        node=node,
+        tensor=tensor,
+        sentence=f"{which} between layers whose channels can be evened out without changing the "
+        f"float model: those of {pair.first} and {pair.second} differ "
+        f"{_number(pair.first_ratio_before)} and {_number(pair.second_ratio_before)} times.",
+        evidence={**evidence, "pairs": len(pairs)},
+        remedy=Remedy(
+            say=f"Equalize {len(pairs)} pairs of layers before quantizing."
+            if pairs[1:]
+            else f"Equalize {pair.first} and {pair.second} before quantizing.",
+            recipe={"equalize": True},
+        ),
+    )
+
+
+def _channel_ratio(activation: ActivationError) -> float | None:
+    """The largest channel's range by the median one's, where that is bad; None where it is not."""
+    if activation.scale is None or len(activation.channel_low) < 2:
+        return None
+    ranges = np.maximum(np.abs(activation.channel_low), np.abs(activation.channel_high))
+    median = float(np.median(ranges))
+    if not np.isfinite(ranges).all() or median <= 0:
+        return None
+    ratio = float(ranges.max()) / median
+    bad = ratio > _UNEVEN_RATIO and activation.median_channel_sqnr_db < _UNEVEN_DB
+    return ratio if bad else None
+
+
+def _channel_finding(bad: list[tuple[WeightError, dict[str, Any]]]) -> Finding:
+    """Of one weight, or of all such weights of the file: one option cures them together."""
+    weight, evidence = min(bad, key=lambda b: b[1]["median_channel_sqnr_db"])
+    many = f" {len(bad)} weights are so, this one most." if len(bad) > 1 else ""
+    return Finding(
+        code="channel-range",
+        severity=LOOK,
+        node=weight.node if len(bad) == 1 else "",
+        tensor=weight.name,
+        sentence=f"{weight.name} of {weight.node} has one scale for {evidence['channels']} "
+        "channels, whose largest values differ "
+        f"{_number(evidence['largest_by_smallest'])} times: {evidence['channels_below_15_db']} of "
+        f"them are below 15 dB, while the whole has {weight.sqnr_db:.1f} dB.{many}",
+        evidence=evidence | ({"tensors": [other.name for other, _ in bad]} if len(bad) > 1 else {}),
+        remedy=Remedy(
+            say="Quantize weights per channel.",
+            recipe={"per_channel": True},
+            exclude=_excluding(*(other.node for other, _ in bad)),
+        ),
+    )
 
 
 def bias_clipped(case: Case) -> Iterator[Finding]:
@@ -1586,6 +1779,8 @@ def half_range(case: Case) -> Iterator[Finding]:
         return
     found = []
     for own in _ranges(case):
+        if own.low > own.record.observed_low or own.high < own.record.observed_high:
+            continue  # of both signs, and cut by what reads it
         short, long = sorted((abs(own.low), own.high))
         if own.zero_point == _midway(own.record.dtype) and long and short / long < 0.1:
             found.append((own, short / long))
@@ -1598,8 +1793,9 @@ def half_range(case: Case) -> Iterator[Finding]:
         severity=LOOK,
         node=record.node if len(found) == 1 else "",
         tensor=record.name,
-        sentence=f"{len(found)} activations of one sign are quantized symmetrically, so that half "
-        f"of the {record.dtype} codes stay unused (6 dB); the worst is {record.name}, observed "
+        sentence=f"{counted(len(found), 'activation')} of one sign quantized symmetrically, so "
+        f"that half of the {record.dtype} codes stay unused (6 dB): "
+        f"{'' if len(found) == 1 else 'the worst is '}{record.name}, observed "
         f"{_number(own.low)} to {_number(own.high)}.",
         evidence={
             "tensors": len(found),
@@ -1660,8 +1856,11 @@ def negatives_leak(case: Case) -> Iterator[Finding]:
     """Relu or Clip that were left to the quantization, which lets values beyond them through.
 
     A look: the float model has the node, the quantized one has not, and the smallest code stands
-    for less than the limit by more than half a step (or the largest for more).
+    for less than the limit by more than half a step (or the largest for more). A problem where a
+    body of If, Loop or Scan reads what is behind the node: it gets the values before it, and the
+    file computes something else, whatever its scales are.
     """
+    yield from _unrectified_in_bodies(case)
     records = {a.name: a for a in case.comparison.activations}
     for pair in case.matching.activations:
         record, qparams = records.get(pair.name), pair.qparams
@@ -1707,6 +1906,33 @@ def negatives_leak(case: Case) -> Iterator[Finding]:
                 else (),
             ),
         )
+
+
+def _unrectified_in_bodies(case: Case) -> Iterator[Finding]:
+    """Folded Relus and Clips whose input a body reads where the float model's reads the output."""
+    pairs = {p.name: p for p in case.matching.activations if p.rectifiers and p.before}
+    theirs = case.quantized_model.node_by_name
+    for node in case.float_model.nodes:
+        twin = theirs.get(case.matching.node_pairs.get(node.name, ""))
+        for name in node.captured if twin is not None else ():
+            pair = pairs.get(name)
+            if twin is None or pair is None or pair.before not in twin.captured:
+                continue
+            lost = pair.rectifiers[-1]
+            yield Finding(
+                code="negatives-leak",
+                severity=PROBLEM,
+                node=lost.name,
+                tensor=name,
+                sentence=f"{lost.op_type} {lost.name} was folded into the quantization of its "
+                f"input, and a body of {node.op_type} {node.name} reads that input now: it gets "
+                f"values that {lost.op_type} would have cut.",
+                evidence={"reader": node.name, "reads": pair.before, "expected": pair.after},
+                remedy=Remedy(
+                    say=f"Leave {lost.name} in float, then it is kept.",
+                    exclude=_excluding(lost.name),
+                ),
+            )
 
 
 # -- the file as a whole -------------------------------------------------------------------------
@@ -1823,7 +2049,7 @@ def nothing_quantized(case: Case) -> Iterator[Finding]:
             causes.append(f"opset {model.opset} has no QuantizeLinear")
         fused = sorted({n.op_type for n in model.nodes if n.domain.startswith("com.microsoft")})
         if fused:
-            causes.append(f"the graph was optimised before ({_listed(fused)})")
+            causes.append(f"the graph was optimised before ({listed(fused)})")
         if not counts.weights:
             causes.append("it has no weights of Conv, Gemm, MatMul or recurrent nodes")
         why = f": {'; '.join(causes)}" if causes else ""
@@ -1895,7 +2121,7 @@ def preprocess_first(case: Case) -> Iterator[Finding]:
         tensor=lost[0].name,
         sentence=f"{len(lost)} tensors of {case.float_model.name} have no partner, because the "
         "quantized file was made from a pre-processed model"
-        + (f" (fewer {_listed(common)} nodes)." if common else "."),
+        + (f" (fewer {listed(common)} nodes)." if common else "."),
         evidence={"tensors_without_partner": len(lost), "nodes_gone": dict(gone)},
         remedy=Remedy(
             say="Pre-process the float model (quant_pre_process) and compare with that file."

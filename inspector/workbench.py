@@ -21,17 +21,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from inspector.cluster import cluster_address, recipes_at
 from inspector.commands import inspector_command, onnxruntime_call, onnxruntime_command
 from inspector.compare import compare_models
 from inspector.comparison import Comparison, Pin, judged_db
 from inspector.details import activation_detail, weight_detail
 from inspector.devices import load_dump
+from inspector.equalize import comparable_float
 from inspector.errors import ExclusionError, FeedError, InspectorError, ReportError
 from inspector.exclusions import (
     ExclusionEntry,
     ExclusionList,
     effect_of,
     free_names,
+    override_effects,
     resolve,
 )
 from inspector.exclusions import from_json as exclusions_from_json
@@ -84,6 +87,12 @@ from inspector.store import (
     utc_now,
 )
 from inspector.structure import View
+from inspector.task_metrics import (
+    TaskMetric,
+    comparable_outputs,
+    metric_choices,
+    parse_metric,
+)
 from inspector.timing import profile_nodes, seconds_by_tensor
 
 # Samples that are looked at for padding, and pairs of an output and an input for a state.
@@ -329,8 +338,19 @@ def _compare(
         measure_latency=not again,
         explain_deployed=not again,
         isolated=isolated,
+        metrics=metrics_of(pair, float_model, feeds),
         progress=progress,
     )
+
+
+def metrics_of(pair: PairRecord, float_model: Model, feeds: Feeds) -> tuple[TaskMetric, ...]:
+    """The task metric that the pair's outputs are judged by; () for none.
+
+    Raises:
+        FeedError: its text means nothing for this model and these feeds.
+    """
+    text = pair.options.metric
+    return (parse_metric(text, comparable_outputs(float_model), feeds),) if text else ()
 
 
 def stamps_of(
@@ -428,6 +448,7 @@ def _quantize(
             found = effect_of(resolved.prepared_names, prepared.model, quantized, baseline, config)
             made_notes += resolved.notes
             effects = [_record(e) for e in found]
+        effects += [_record(e) for e in override_effects(prepared.model, quantized, config)]
         stamps = stamps_of(pair.inputs, pair.calibration, pair.options)
         summary = _summary(comparison) | {"feeds_stamp": stamps}
         summary["preview"] = dict(preview) if preview else None
@@ -459,7 +480,8 @@ def _quantize(
             )
         if pair.options.device:
             notes.append("the device's tensors are those of the loaded file: not set beside this")
-        if base is None and parent is not None and parent.number == 0:
+        same = parent is not None and QuantConfig.from_json(parent.recipe) == config
+        if base is None and parent is not None and parent.number == 0 and same:
             notes += _against_loaded(parent, comparison)
         if save_pair:
             workspace.save_pair(pair)
@@ -705,9 +727,9 @@ def requantize(
 ) -> str:
     """The id of a new run of a pair: a recipe plus an exclusion list, quantized and compared.
 
-    Before and after always compare runs of one recipe, so the run without exclusions is made
-    first where this recipe has none yet. Matches set by hand go along. A request that was carried
-    out before gives its run.
+    Before and after always compare runs of one recipe, so the run without exclusions and overrides
+    is made first where this recipe has none yet. Matches set by hand go along. A request that was
+    carried out before gives its run.
 
     Args:
         root: the workspace's folder.
@@ -722,24 +744,25 @@ def requantize(
     parent = workspace.run(run_id)
     pair = workspace.pair(parent.pair_id)
     options = QuantConfig.from_json(config)
+    plain = replace(options, overrides=())
     runs = workspace.runs(pair.id)
-    alike = [
-        r
+    made = {
+        r.id: QuantConfig.from_json(r.recipe)
         for r in runs
-        if r.number > 0 and not made_by_surgery(r) and QuantConfig.from_json(r.recipe) == options
-    ]
-    done = next((r for r in alike if set(r.exclusions) == set(exclude)), None)
-    if done is not None:
-        return done.id
-    base = next((r for r in alike if not r.exclusions), None)
+        if r.number > 0 and not made_by_surgery(r)
+    }
+    done = [r for r in runs if made.get(r.id) == options and set(r.exclusions) == set(exclude)]
+    if done:
+        return done[0].id
+    base = next((r for r in runs if made.get(r.id) == plain and not r.exclusions), None)
     loaded = next((r for r in runs if r.number == 0), None)
     if base is None:
-        stop = 0.5 if exclude else 1.0
+        stop = 0.5 if exclude or options.overrides else 1.0
         base_id = _quantize(
-            workspace, pair, options, (), parent=loaded, base=None, pins=parent.pins,
+            workspace, pair, plain, (), parent=loaded, base=None, pins=parent.pins,
             progress=part_of(progress, 0.0, stop),
         )  # fmt: skip
-        if not exclude:
+        if stop == 1.0:
             return base_id
         base = workspace.run(base_id)
         progress = part_of(progress, stop, 1.0)
@@ -793,9 +816,11 @@ def free_in_file(
     float_model, quantized = open_model(pair.float_model.path), open_model(loaded.model.path)
     feeds = open_feeds(pair.inputs, float_model)
     progress(0.05, "matching tensors")
-    matching = match_tensors(float_model, quantized, pins=loaded.pins)
+    # The weights that come back are those that the file was made of.
+    source = comparable_float(float_model, quantized)
+    matching = match_tensors(source, quantized, pins=loaded.pins)
     progress(0.1, "freeing nodes")
-    freed = free_nodes(float_model, quantized, matching, tuple(exclude))
+    freed = free_nodes(source, quantized, matching, tuple(exclude))
     with workspace.scratch() as scratch:
         target = scratch / f"{Path(pair.quantized_model.name).stem}.freed.onnx"
         notes = write_freed(
@@ -971,9 +996,11 @@ def _compact(links: Mapping[str, Any]) -> bytes:
 
 
 def _models_of(workspace: Workspace, run_id: str) -> tuple[Model, Model]:
+    """What a run's tensors are matched in: the float model, equalized where the run is."""
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
-    return open_model(pair.float_model.path), open_model(run.model.path)
+    quantized = open_model(run.model.path)
+    return comparable_float(open_model(pair.float_model.path), quantized), quantized
 
 
 def _worst_node(comparison: Comparison) -> str:
@@ -1069,7 +1096,7 @@ def inspect_tensor(
         return kept
     run = workspace.run(run_id)
     pair = workspace.pair(run.pair_id)
-    float_model, quantized = open_model(pair.float_model.path), open_model(run.model.path)
+    float_model, quantized = _models_of(workspace, run_id)
     # What was matched by the values seen on the feeds is known from the comparison.
     seen = found_by_content(comparison)
     matching = match_tensors(float_model, quantized, pins=(*comparison.pins, *seen))
@@ -1101,7 +1128,7 @@ def inspect_tensor(
 def list_options(
     *, float_path: Path, inputs: FeedSource | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """What a pair's options can be: inputs, states that fit and look likely, a mask, providers.
+    """What a pair's options can be: inputs, states that fit and look likely, a mask, providers …
 
     Args:
         float_path: the float model.
@@ -1114,6 +1141,7 @@ def list_options(
     states = list(dict.fromkeys((*likely_states(model), *filter(_carries(model), possible))))
     return {
         "inputs": [i.name for i in model.inputs],
+        "metrics": metric_choices(comparable_outputs(model)),
         "mask": _padding_mask(model, inputs),
         "states": [list(each) for each in states],
         "likely_states": [list(each) for each in likely_states(model)],
@@ -1297,12 +1325,17 @@ def try_recipes(
 
     save()
     tried: set[QuantConfig] = set()
-    for result in run_recipes(
-        float_model, feeds, split, rows=rows, cache=workspace.cache, mask=pair.options.mask,
-        states=pair.options.states, provider=pair.options.provider, progress=progress,
-    ):  # fmt: skip
-        results.append(result)
-        if result.row.config not in tried and not result.row.reason:
-            save()  # at once: the job may be stopped by force
-        tried.add(result.row.config)
+    runs: dict[str, Any] = {
+        "rows": rows, "mask": pair.options.mask, "states": pair.options.states,
+        "provider": pair.options.provider, "metrics": metrics_of(pair, float_model, feeds),
+        "progress": progress,
+    }  # fmt: skip
+    with recipes_at(cluster_address(), float_model, feeds, split, **runs) as elsewhere:
+        for result in run_recipes(
+            float_model, feeds, split, **runs, cache=workspace.cache, elsewhere=elsewhere
+        ):
+            results.append(result)
+            if result.row.config not in tried and not result.row.reason:
+                save()  # at once: the job may be stopped by force
+            tried.add(result.row.config)
     return sum(row["state"] in ("done", "failed") for row in save())

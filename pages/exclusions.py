@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from inspector.web import parts, session, widgets
+from inspector.web import lists, parts, precision, session, widgets
 
 HEIGHT = 380
 
@@ -20,12 +20,16 @@ draft = session.draft(view.pair.id, view.run.exclusions)
 widgets.context_bar(view)
 gain = st.container()
 
-# ask: which nodes, by which recipe
+# ask: which nodes, by hand or by a search; by which recipe
 left, right = st.columns([2.4, 1], gap="small")
-with left:
-    parts.node_editor(view, draft, height=HEIGHT - 48)
 with right:
     recipe = parts.requantize_panel(view, draft, height=HEIGHT)
+with left:
+    if lists.searching():
+        lists.search(view, draft, recipe, height=HEIGHT)
+    else:
+        wide = precision.wide_nodes(view, draft)
+        parts.node_editor(view, draft, height=HEIGHT - 48, wide=wide)
 with gain:
     parts.gain(view, draft, recipe)
 

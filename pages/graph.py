@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from inspector.web import graphs, session, times, widgets
+from inspector.web import graphs, sensitivity, session, times, widgets
 
 # get
 view = session.view()
@@ -28,13 +28,14 @@ if answer.job is not None:
 if answer.error is not None:
     widgets.error(answer.error)
     st.stop()
-profile = times.profile(view)
-drawing = graphs.drawn(view, answer.value, profile)
+profile, costs = times.profile(view), sensitivity.found(view)
+drawing = graphs.drawn(view, answer.value, profile, costs)
 graphs.follow_address(view, drawing)
 
 # ask: what to colour by, which node
-measure, threshold = graphs.controls(view, drawing, draft, profile)
+measure, threshold = graphs.controls(view, drawing, draft, profile, costs)
 times.answer(view, profile)
+sensitivity.answer(view, costs)
 graphs.excerpt(view, drawing)
 
 # show: the graphs, the selected node
@@ -43,4 +44,6 @@ with left:
     graphs.panes(view, drawing, draft, measure, threshold)
 with right:
     graphs.card(view, drawing, draft)
+if measure.key == "sensitivity":
+    sensitivity.notes(costs)
 widgets.notes(view.run.notes, "note")

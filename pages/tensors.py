@@ -5,7 +5,17 @@ import streamlit as st
 from inspector import figures
 from inspector.comparison import ActivationError, WeightError
 from inspector.render import shorten_name
-from inspector.web import facts, lab, matches, session, style, tables, widgets, words
+from inspector.web import (
+    facts,
+    lab,
+    matches,
+    precision,
+    session,
+    style,
+    tables,
+    widgets,
+    words,
+)
 
 # get
 view = session.view()
@@ -73,12 +83,17 @@ with st.container(horizontal=True, vertical_alignment="center", key="what", gap=
     ) as match:
         if match.open:
             matches.choice(view, record.name, key="match")
+    if view.kind == "activation":
+        draft = session.draft(view.pair.id, view.run.exclusions)
+        precision.choice(view, draft, view.node, [record.name], key="tensors-precision")
     st.caption(
         f"{view.kind} {short} {node if record.node else '(graph input)'} · stored as "
         f"{words.md_text(record.dtype)} · {' × '.join(map(str, record.shape)) or 'scalar'}{note}",
         help=f"Tensor {words.md_code(record.name)}, node {words.md_code(record.node)}, matched "
         f"with {words.md_code(record.quantized_name)}",
     )
+if view.kind == "activation":
+    precision.told(view, draft)
 with st.container(key="formula"):
     st.code(facts.formula(record), language=None)
 widgets.tiles(facts.tensor_tiles(record))

@@ -267,6 +267,29 @@ def test_other_ways_to_divide_are_known(tmp_path: Path, way: str, chain: tuple[s
     assert finding.remedy.exclude == chain
 
 
+def test_a_mean_by_a_product_leads_on_to_the_square(tmp_path: Path) -> None:
+    """Exporters write the sum times 1 / n; the square is in front of that."""
+    proto = model(
+        [
+            helper.make_node("Mul", ["x", "x"], ["sq"], "square"),
+            helper.make_node("ReduceSum", ["sq", "axes"], ["s"], "sum"),
+            helper.make_node("Mul", ["s", "share"], ["m"], "mean"),
+            helper.make_node("Sqrt", ["m"], ["d"], "root"),
+            helper.make_node("Div", ["x", "d"], ["y"], "div"),
+        ],
+        [("x", [1, 16])], [("y", [1, 16])],
+        [array("axes", np.array([1])), array("share", np.float32(1 / 16))],
+    )  # fmt: skip
+    feeds = [{"x": floats((1, 16), 1)}, {"x": floats((1, 16), 2, 1e-4)}]
+    kinds = ["Mul", "ReduceSum", "Sqrt", "Div"]
+    pair = static(
+        tmp_path, proto, feeds, op_types_to_quantize=kinds, activation_type=QuantType.QUInt8
+    )
+    finding = found(case_of(pair), "divisor-zero")[-1]
+    assert finding.tensor == "d"
+    assert finding.remedy.exclude == ("square", "sum", "mean", "root", "div")
+
+
 def test_a_square_is_no_division(tmp_path: Path) -> None:
     assert found(case_of(normalized(1e-4, tmp_path, "square")), "divisor-zero") == []
 
@@ -429,6 +452,17 @@ def test_an_output_that_differs_as_deployed_is_told_with_the_transformer(tmp_pat
     assert finding.evidence["difference_steps"] == 9
     assert 'disabled_optimizers=["QDQS8ToU8"]' in finding.remedy.say
     assert one(deployed(pair, 0.5, deployed_differs=True), "kernel-differs").severity == NOTE
+    # Below 30 dB it is no more than that where less than 1 dB is lost, either way.
+    poor = one(deployed(pair, 35, deployed_differs=True), "kernel-differs").evidence
+    for lost, severity in ((0.9, NOTE), (-0.9, NOTE), (1.1, LOOK), (3.1, PROBLEM)):
+
+        def change(comparison: Comparison, lost: float = lost) -> Comparison:
+            (output,) = comparison.outputs
+            own = replace(output, sqnr_db=20.0, deployed_sqnr_db=20.0 - lost, deployed_differs=True)
+            return replace(comparison, outputs=(own,))
+
+        assert one(case_of(pair, change=change), "kernel-differs").severity == severity
+    assert poor["deployed_sqnr_db"] < 30
     # Flips without a loss are worth a look; without a known cause, fewer bits avoid saturation.
     finding = one(deployed(pair, 0.5, deployed_differs=True, deployed_flips=1), "kernel-differs")
     assert finding.severity == LOOK
@@ -724,6 +758,28 @@ def test_a_channel_that_is_large_all_along_a_stream_is_one_finding(tmp_path: Pat
     assert finding.evidence["channel"] == 3
     assert finding.evidence["tensors"] == ["a", "b", "c", "d", "y"]
     assert finding.remedy.exclude == ("na", "nb", "nc", "nd", "ny")
+
+
+def test_two_tensors_with_the_same_large_channel_are_one_finding(tmp_path: Path) -> None:
+    """A square and its sum inside a normalization: one of them in float gains little."""
+    weight = floats((16, 3, 1, 1), 1, 0.3)
+    weight[5] *= 100
+    weight[9] *= 30
+    proto = model(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], "conv"),
+            helper.make_node("Mul", ["c", "k"], ["m"], "times"),
+            helper.make_node("Mul", ["m", "turn"], ["y"], "turned"),
+        ],
+        [("x", [1, 3, 6, 6])], [("y", [1, 16, 6, 6])],
+        [array("w", weight), array("k", np.float32(2)),
+         array("turn", np.float32([[[[1 if c != 5 else 1e-3]] for c in range(16)]]))],
+    )  # fmt: skip
+    case = case_of(static(tmp_path, proto, PICTURES))
+    together, alone = found(case, "outlier")
+    assert (together.evidence["tensors"], together.node) == (["c", "m"], "")
+    assert together.remedy.exclude == ("conv", "times", "turned")
+    assert (alone.tensor, alone.node) == ("y", "turned")
 
 
 def test_a_channel_less_than_ten_times_as_large_is_left_alone(tmp_path: Path) -> None:

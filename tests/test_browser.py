@@ -38,10 +38,7 @@ def page(browser: Browser) -> Iterator[Page]:
 def tick_first_row(page: Page) -> None:
     """The editor's grid is a canvas: focus its first cell and press Space."""
     grid = page.get_by_test_id("stDataFrame").first
-    expect(grid).to_be_visible(timeout=PATIENCE)
-    box = grid.bounding_box()
-    assert box is not None
-    page.mouse.click(box["x"] + 36, box["y"] + 36 + 16)
+    grid.click(position={"x": 36, "y": 36 + 16}, timeout=PATIENCE)
     page.keyboard.press("Space")
 
 

@@ -1021,7 +1021,10 @@ PAIRS = [
 
 
 @needs_models
-@pytest.mark.parametrize(("folder", "twin"), PAIRS)
+@pytest.mark.parametrize(
+    ("folder", "twin"),
+    [pytest.param(*p, marks=pytest.mark.slow if p[0] == "minilm-l6" else ()) for p in PAIRS],
+)
 def test_every_float_tensor_of_a_real_pair_is_accounted_for(folder: str, twin: str) -> None:
     float_model = load_model(MODELS / folder / "model.onnx")
     feeds = load_feeds(MODELS / folder / "inputs", float_model).subset([0])

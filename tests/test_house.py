@@ -35,9 +35,9 @@ DOORS = {
     },
     "onnx": {
         *("model", "model_checks", "model_files", "folding", "runtime", "arrays", "twin"),
-        *("isolation", "skeleton"),
+        *("equalize", "isolation", "skeleton"),
         *("observers", "calibration", "prepare", "indexed_model", "quantizer", "switchboard"),
-        "quantize",
+        *("stages", "quantize"),
         *("float_constants", "sites", "freed_graph", "rewrite", "freed_file"),
     },
     "onnx_ir": {"model", "quantize"},

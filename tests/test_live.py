@@ -197,6 +197,7 @@ def test_surgery_is_previewed_and_confirmed(
     assert free_in_file(root, run_id=new, exclude=[]) == run_id
 
 
+@pytest.mark.slow
 def test_findings_are_kept_until_the_run_is_compared_anew(tmp_path: Path) -> None:
     run_id = load_sample(tmp_path, "digit-detector", progress=lambda *_: None)
     first = live.diagnose_run(tmp_path, run_id=run_id)

@@ -62,7 +62,7 @@ def test_the_scale_of_the_graph_is_that_of_the_pictures() -> None:
         assert len(shown["steps"]) == 4
         assert list(shown["steps"]) == sorted(shown["steps"])
     assert [m.key for m in MEASURES] == [
-        "accumulated", "local", "isolated", "added", "saturated", "seconds"
+        "accumulated", "local", "isolated", "added", "sensitivity", "saturated", "seconds"
     ]  # fmt: skip
 
 
@@ -255,6 +255,19 @@ def test_time_is_the_share_of_a_models_own_run_with_its_q_and_dq() -> None:
     assert took["lone"] is took["extra"] is None
     deployed = sheet(compared(*PAIR_RECORDS), PAIR, profile=profile, how="deployed")["sides"]
     assert all("seconds" not in e["figures"] for s in deployed.values() for e in s.values())
+
+
+def test_sensitivity_is_shown_by_the_node_and_by_its_partner() -> None:
+    rows = [
+        {"nodes": ["conv"], "only": {"both": {"figure": 21.5}}},
+        {"nodes": ["relu"], "only": {}},
+        {"nodes": ["lone"], "only": {"both": {"figure": "Infinity"}}},
+    ]
+    shown = sheet(compared(*PAIR_RECORDS), PAIR, sensitivity={"rows": rows})["sides"]
+    found = {n: e["figures"].get("sensitivity") for s in shown.values() for n, e in s.items()}
+    assert (found["conv"], found["qconv"], found["lone"]) == (21.5, 21.5, "Infinity")
+    assert found["relu"] is found["q"] is found["dq"] is None
+    assert "sensitivity 21.5 dB" in shown["float"]["conv"]["tip"]
 
 
 def test_a_node_in_a_body_takes_nothing_from_a_main_node_of_its_name() -> None:

@@ -614,6 +614,9 @@ def test_the_form_offers_masks_states_devices_and_providers_of_the_chosen_model(
     assert test.selectbox(key="option-mask").options == ["images"]
     assert test.selectbox(key="option-mask").value is None
     assert "CPU" in test.selectbox(key="option-provider").options
+    assert test.selectbox(key="option-metric").value is None
+    choices = test.selectbox(key="option-metric").options
+    assert "detection_f1 · F1 of boxes against the float model's" in choices
     assert test.text_input(key="option-device").value == ""
     test.text_input(key="option-device").set_value(str(SAMPLE / "no such dump"))
     next(each for each in test.button_group if each.key == "way-inputs").set_value("random")

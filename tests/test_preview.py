@@ -79,7 +79,7 @@ def near(a: float, b: float) -> bool:
         ("mlperf-resnet8", {}),
         pytest.param("fastestdet", {}, marks=pytest.mark.slow),
         pytest.param("gtcrn", {"states": GTCRN_STATES}, marks=pytest.mark.slow),
-        ("magika", {}),
+        pytest.param("magika", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_preview_has_the_figures_of_the_comparison(

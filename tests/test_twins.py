@@ -106,10 +106,14 @@ FIGURES = [
     ("gtcrn", "gtcrn.onnx", [math.inf] * 4),
     ("squeezenet-fp16", "fp16.onnx", [76.29]),
 ]
+LONG = ("minilm-l6", "squeezenet-fp16")
 TFLITE = ["mlperf-resnet8", "mlperf-kws-dscnn"]
 
 
-@pytest.mark.parametrize(("network", "file", "figures"), FIGURES, ids=[f[0] for f in FIGURES])
+@pytest.mark.parametrize(
+    ("network", "file", "figures"),
+    [pytest.param(*f, id=f[0], marks=pytest.mark.slow if f[0] in LONG else ()) for f in FIGURES],
+)
 def test_outputs_have_the_error_that_plain_sessions_give(
     twin: Callable[[str, str], Twin], network: str, file: str, figures: list[float]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import streamlit as st
 from inspector.comparison import ActivationError, OutputError
 from inspector.render import format_db, read_number, shorten_name
 from inspector.web import session, tasks, widgets, words
+from inspector.web.parts import REQUANTIZING
 from inspector.web.session import View
 
 # As high as the picture beside it, with the choice of pictures.
@@ -76,18 +78,68 @@ def _row(view: View, finding: Mapping[str, Any], *, key: str) -> None:
 
 
 def _measured(finding: Mapping[str, Any]) -> str:
-    """What leaving the nodes in float gave, as it was measured."""
+    """What leaving the nodes in float gave, and what the recipe gave, as they were measured."""
     evidence = finding["evidence"]
-    if "output_gain_db" not in evidence:
-        return ""
-    ends = (read_number(evidence[f"output_{end}_db"]) for end in ("before", "after"))
-    nodes = len(finding["remedy"].get("exclude", ()))
-    what = f"{widgets.count(nodes, 'node')} in float" if nodes else "the other range"
-    return f"Measured, {what}: {' → '.join(map(format_db, ends))}."
+    said = []
+    if "output_gain_db" in evidence:
+        nodes = len(finding["remedy"].get("exclude", ()))
+        what = f"{widgets.count(nodes, 'node')} in float" if nodes else "the other range"
+        said.append(f"Measured, {what}: {_ends(evidence, 'output')}.")
+    if "recipe_gain_db" in evidence:
+        said.append(f"Measured, re-quantized so: {_ends(evidence, 'recipe')}.")
+    elif "recipe_not_measured" in evidence:
+        said.append(f"Not measured: {evidence['recipe_not_measured']}.")
+    return " ".join(said)
+
+
+def _ends(evidence: Mapping[str, Any], what: str) -> str:
+    ends = (read_number(evidence[f"{what}_{end}_db"]) for end in ("before", "after"))
+    return " → ".join(map(format_db, ends))
+
+
+def _recipe_is_better(finding: Mapping[str, Any]) -> bool:
+    """Its recipe gains more than what else its remedy changes, or there is nothing else."""
+    remedy, evidence = finding["remedy"], finding["evidence"]
+    if not remedy.get("recipe"):
+        return False
+    if not remedy.get("exclude") and not remedy.get("overrides"):
+        return True
+    gains = (read_number(evidence.get(f"{what}_gain_db", "NaN")) for what in ("recipe", "output"))
+    recipe, other = (-math.inf if math.isnan(gain) else gain for gain in gains)
+    return recipe > other
+
+
+def _requantize(view: View, changes: Mapping[str, Any]) -> None:
+    session.dismiss_problem()
+    session.follow(
+        session.worker().submit(
+            tasks.requantize,
+            session.root(),
+            run_id=view.run.id,
+            config={**view.run.recipe, **changes},
+            exclude=list(view.run.exclusions),
+            title=REQUANTIZING,
+        ),
+        "requantize",
+    )
 
 
 def _apply(view: View, finding: Mapping[str, Any], *, key: str) -> None:
-    """Ticks what the remedy leaves in float and keeps its ranges, or takes both back."""
+    """Ticks what the remedy leaves in float and keeps its ranges, or takes both back.
+
+    Where its recipe gains more, it makes a run of that.
+    """
+    if _recipe_is_better(finding):
+        st.button(
+            "Re-quantize so",
+            key=key,
+            disabled=bool(session.running("requantize") or session.running_title(REQUANTIZING)),
+            on_click=_requantize,
+            args=(view, dict(finding["remedy"]["recipe"])),
+            help="Quantizes with this change of the recipe, the same nodes in float, and opens the "
+            "new run.",
+        )
+        return
     nodes = tuple(map(str, finding["remedy"].get("exclude", ())))
     grids = [dict(each) for each in finding["remedy"].get("overrides", ())]
     if not nodes and not grids:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from inspector.comparison import (
     Comparison,
     Latency,
     OutputError,
+    TaskFigure,
     WeightError,
     judged_db,
     low_slices,
@@ -19,9 +22,11 @@ from inspector.render import (
     format_bytes,
     format_count,
     format_db,
+    format_figure,
     format_ms,
     format_number,
     format_percent,
+    printable,
     read_number,
     shorten_name,
 )
@@ -89,9 +94,40 @@ def parts_tile(comparison: Comparison, name: str | None) -> Tile:
     )
 
 
+def _shown_figure(figure: TaskFigure) -> float:
+    """Deployed, simulated where it was not run so."""
+    return figure.simulated if figure.deployed is None else figure.deployed
+
+
+def metric_meaning(figure: TaskFigure) -> str:
+    """What to know of a task metric's figure."""
+    direction = "Higher" if figure.higher_is_better else "Lower"
+    return (
+        f"{printable(figure.metric)}, over {format_count(figure.samples)} samples. {direction} is "
+        "better; the float model's own figure is the measure."
+    )
+
+
+def metric_tile(figure: TaskFigure) -> Tile:
+    """A task metric of both models, as it ships."""
+    parts = [f"float {format_figure(figure.float_figure, figure.unit)}"]
+    if math.isnan(figure.float_figure):
+        parts = ["nothing counts on these samples"]
+    elif figure.deployed is not None:
+        parts.append(f"simulated {format_figure(figure.simulated, figure.unit)}")
+    return (
+        f"Task: {shorten_name(figure.metric, 26)}",
+        format_figure(_shown_figure(figure), figure.unit),
+        " · ".join(parts),
+        metric_meaning(figure),
+    )
+
+
 def task_or_size_tiles(view: View) -> list[Tile]:
-    """Top-1 where there are labels, and what quantizing saved."""
-    comparison, tiles = view.comparison, []
+    """The task metric; without one top-1 where there are labels, else what quantizing saved."""
+    comparison, tiles = view.comparison, [metric_tile(f) for f in view.comparison.metrics]
+    if tiles:
+        return tiles
     task = comparison.task
     size = (
         f"{format_bytes(comparison.quantized_model.size_bytes)}",
@@ -343,7 +379,17 @@ def change_tiles(view: View, output: str | None) -> list[Tile]:
             "",
         ),
     ]
-    if after.task is not None:
+    if after.metrics:
+        earlier = {f.metric: f for f in before.metrics} if before else {}
+        for figure in after.metrics:
+            old_figure = earlier.get(figure.metric)
+            shown = format_figure(_shown_figure(figure), figure.unit)
+            was_shown = (
+                format_figure(_shown_figure(old_figure), figure.unit) if old_figure else None
+            )
+            label, _, caption, meaning = metric_tile(figure)
+            tiles.append((label, arrow(was_shown, shown), caption, meaning))
+    elif after.task is not None:
         old = before.task if before else None
         tiles.append(
             (
@@ -372,22 +418,42 @@ def change_tiles(view: View, output: str | None) -> list[Tile]:
     return tiles
 
 
-def change_sentence(view: View, output: str | None, ticked: Sequence[str]) -> str:
-    """What the shown run's exclusions gained, or what is ticked and not applied yet."""
+def change_sentence(
+    view: View,
+    output: str | None,
+    ticked: Sequence[str],
+    *,
+    overrides: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """What the shown run's exclusions gained, or what is chosen and not applied yet.
+
+    Args:
+        view: what is shown.
+        output: the output to speak of; None for the worst.
+        ticked: nodes in float in the next run.
+        overrides: of the next run; None for those of the shown one.
+    """
+    held = view.run.recipe.get("overrides", ())
+    overrides = held if overrides is None else overrides
     number = len(view.run.exclusions)
+    if list(overrides) != list(held):
+        chosen = [*([_nodes(len(ticked)) + " in float"] if ticked else []),
+                  set_by_hand(overrides) or "no grid set by hand"]  # fmt: skip
+        return f"{' and '.join(chosen)}: Re-quantize applies it"
     if set(ticked) != set(view.run.exclusions):
         nodes = "1 node is" if len(ticked) == 1 else f"{len(ticked)} nodes are"
         return f"{nodes} ticked: Re-quantize applies them"
-    if not number:
+    if not number and not overrides:
         return "No node is left in float yet: tick the worst, then re-quantize"
-    nodes = "1 node" if number == 1 else f"{number} nodes"
+    done = [*([f"{_nodes(number)} left in float"] if number else []),
+            *([set_by_hand(overrides)] if overrides else [])]  # fmt: skip
+    what = " and ".join(done)
     now = output_of(view.comparison, output)
     was = output_of(view.before, now.name if now else None) if view.before else None
     if now is None or was is None:
-        return f"{nodes} left in float: output {format_db(now.sqnr_db if now else None)}"
+        return f"{what}: output {format_db(now.sqnr_db if now else None)}"
     text = (
-        f"{nodes} left in float: {shorten_name(now.name, 30)} "
-        f"{format_db(was.sqnr_db)} → {format_db(now.sqnr_db)}"
+        f"{what}: {shorten_name(now.name, 30)} {format_db(was.sqnr_db)} → {format_db(now.sqnr_db)}"
     )
     if low_slices(was) or low_slices(now):
         parts = [min(part.sqnr_db for part in each.slices) for each in (was, now) if each.slices]
@@ -416,13 +482,20 @@ def preview_sentence(
     output: str | None,
     ticked: Sequence[str],
     *,
-    grids: int = 0,
+    overrides: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """What the ticked nodes, and grids set by hand, would give, against the run that is shown."""
+    """What the ticked nodes and the recipe's overrides would give, against the run that is shown.
+
+    Args:
+        view: what is shown.
+        found: the preview (`live.preview_list`).
+        output: the output to speak of; None for the worst.
+        ticked: nodes in float.
+        overrides: those of the previewed recipe.
+    """
     nodes = f"{'no node' if not ticked else _nodes(len(ticked))} in float"
-    if grids:
-        own = "1 grid" if grids == 1 else f"{grids} grids"
-        nodes = f"{own} set by hand" + (f" and {nodes}" if ticked else "")
+    if overrides:
+        nodes = set_by_hand(overrides) + (f" and {nodes}" if ticked else "")
     would = _previewed(found, output)
     if would is None:
         return f"Preview: {nodes}; no output of floating-point values to judge by"
@@ -439,6 +512,25 @@ def preview_sentence(
     if now is not None and before is not None and abs(now.sqnr_db - before) >= LEAST_SHOWN_DB:
         text += f" (the loaded file, calibrated otherwise: {format_db(now.sqnr_db)})"
     return text
+
+
+def set_by_hand(overrides: Sequence[Mapping[str, Any]]) -> str:
+    """``2 tensors at int16, 1 grid set by hand``; "" for none."""
+    types = Counter(str(each["quant_type"]) for each in overrides if typed(each) and len(each) == 2)
+    said = [f"{_tensors(number)} at {dtype}" for dtype, number in types.items()]
+    grids = len(overrides) - types.total()
+    if grids:
+        said.append(f"{'1 grid' if grids == 1 else f'{grids} grids'} set by hand")
+    return ", ".join(said)
+
+
+def typed(override: Mapping[str, Any]) -> bool:
+    """Whether an entry of a recipe's overrides puts its tensor on a 16-bit grid."""
+    return str(override.get("quant_type", "")).endswith("int16")
+
+
+def _tensors(number: int) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
 
 
 def _without(found: Mapping[str, Any], output: str) -> Mapping[str, Any] | None:
@@ -463,6 +555,28 @@ def _nodes(number: int) -> str:
     return "1 node" if number == 1 else f"{number} nodes"
 
 
+def _metric_previews(view: View, found: Mapping[str, Any]) -> list[Tile]:
+    """The task metrics of a list that is not applied yet, after those of the run."""
+    known = {f.metric: f.simulated for f in view.comparison.metrics}
+    known |= {f["metric"]: read_number(f["simulated"]) for f in found["without_metrics"] or ()}
+    tiles: list[Tile] = []
+    for each in found["metrics"]:
+        metric, unit = each["metric"], each["unit"]
+        value = format_figure(read_number(each["simulated"]), unit)
+        if metric in known:
+            value = f"{format_figure(known[metric], unit)} → {value}"
+        better = "Higher" if each["higher_is_better"] else "Lower"
+        tiles.append(
+            (
+                f"Preview of {shorten_name(metric, 26)}",
+                value,
+                f"float {format_figure(read_number(each['float_figure']), unit)}",
+                f"Simulated, on {format_count(each['samples'])} samples. {better} is better.",
+            )
+        )
+    return tiles
+
+
 def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> list[Tile]:
     """The figures of a list that is not applied yet; estimates carry ≈."""
     would = _previewed(found, output)
@@ -482,7 +596,9 @@ def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> l
         )
     ]
     task = found["task"]
-    if task is not None:
+    if found.get("metrics"):
+        tiles += _metric_previews(view, found)
+    elif task is not None:
         before = view.comparison.task
         tiles.append(
             (
@@ -495,14 +611,17 @@ def preview_tiles(view: View, found: Mapping[str, Any], output: str | None) -> l
         )
     else:
         tiles.append(_changed_tile(found))
-    share = read_number(found["float_macs_fraction"])
+    share, wide = (read_number(found[f"{kind}_macs_fraction"]) for kind in ("float", "wide"))
     tiles.append(
         (
             "MACs in float",
             format_percent(share),
-            f"no exclusion {format_percent(read_number(found['whole_float_macs_fraction']))}",
+            f"16 bits {format_percent(wide)}"
+            if wide > 0
+            else f"no exclusion {format_percent(read_number(found['whole_float_macs_fraction']))}",
             "Share of the multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul whose "
-            "operands are not both quantized.",
+            "operands are not both quantized. 16 bits: of nodes that read or give a 16-bit "
+            "tensor, which ONNX Runtime's CPU kernels compute in float all the same.",
         )
     )
     seconds, size = found["latency_seconds"], found["size_bytes"]
@@ -527,11 +646,14 @@ def _changed_tile(found: Mapping[str, Any]) -> Tile:
     weights = "1 weight" if number == 1 else f"{number} weights"
     if not (found["freed"] or found["added"] or found["regridded"]) and found["float_weights"]:
         return ("Back in float", weights, "every other scale stays", "")
-    parts = [
-        f"{len(found[key])} {word}"
-        for key, word in (("regridded", "other range"), ("added", "new pair"))
-        if found[key]
-    ]
+    types = Counter(dtype for _, dtype in found["retyped"])
+    wide = {name for name, _ in found["retyped"]}
+    numbers = {
+        "other range": len(set(found["regridded"]) - wide),
+        "new pair": len(set(found["added"]) - wide),
+    }
+    parts = [f"{number} {word}" for word, number in numbers.items() if number]
+    parts += [f"{number} {dtype}" for dtype, number in types.items()]
     return (
         "Tensors in float",
         f"+{len(found['freed'])}",

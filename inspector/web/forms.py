@@ -30,6 +30,8 @@ def recipe_summary(recipe: Mapping[str, Any]) -> str:
     if recipe.get("format") != "dynamic":
         parts.append(METHODS.get(str(recipe.get("method")), str(recipe.get("method"))))
     parts.append("per channel" if recipe.get("per_channel") else "per tensor")
+    if recipe.get("equalize"):
+        parts.append("equalized")
     return " · ".join(parts)
 
 
@@ -114,6 +116,11 @@ def recipe_form(recipe: Mapping[str, Any], op_types: Sequence[str], *, key: str)
         switch("Pre-process", "preprocess", "Shape inference and optimisation before quantizing.")
     with right:
         switch("Reduce range", "reduce_range", "7 instead of 8 bits, for CPUs without VNNI.")
+        switch(
+            "Equalize",
+            "equalize",
+            "Even out channel ranges between layers first (cross-layer equalization).",
+        )
     samples = st.number_input(
         "Calibration samples",
         min_value=1,
@@ -439,7 +446,7 @@ def _holds_pictures(path: Path) -> bool:
 
 def _options_form(float_path: Path | None, inputs: FeedSource | None) -> PairOptions:
     """What is asked for rarely: padding, states, a device's tensors, where the models run."""
-    with st.expander("More: padding, states, device, provider", key="more"):
+    with st.expander("More: task metric, padding, states, device, provider", key="more"):
         if float_path is None:
             st.caption("Choose a float model first: its inputs and outputs are offered here.")
             return PairOptions()
@@ -474,6 +481,19 @@ def _padding_mask(float_path: Path, inputs: FeedSource | None) -> str:
 
 
 def _options_fields(found: Mapping[str, Any], padding: str) -> PairOptions:
+    metrics = found["metrics"]
+    metric = st.selectbox(
+        "Task metric",
+        metrics,
+        index=None,
+        placeholder="none: outputs are judged by SQNR" if metrics else "no floating-point output",
+        key="option-metric",
+        accept_new_options=True,
+        disabled=not metrics,
+        format_func=lambda text: f"{text} · {metrics[text]}" if text in metrics else text,
+        help="What the outputs are worth to their user, beside SQNR: measured from outputs alone. "
+        "Options may be added, e.g. `detection_f1@yolov8,score=0.4`; the README lists them.",
+    )
     left, right = st.columns(2, gap="medium")
     with left:
         mask = st.selectbox(
@@ -529,6 +549,7 @@ def _options_fields(found: Mapping[str, Any], padding: str) -> PairOptions:
         states=tuple((output, given) for output, given in states),
         device=str(Path(device).expanduser()) if device else "",
         provider=provider or CPU_PROVIDER,
+        metric=(metric or "").strip(),
     )
 
 

@@ -31,7 +31,20 @@ from inspector.render import (
     read_number,
     shorten_name,
 )
-from inspector.web import causes, facts, parts, routes, session, style, tasks, times, widgets, words
+from inspector.web import (
+    causes,
+    facts,
+    parts,
+    precision,
+    routes,
+    sensitivity,
+    session,
+    style,
+    tasks,
+    times,
+    widgets,
+    words,
+)
 from inspector.web.graph_panes import graph_panes
 from inspector.web.session import Answer, Draft, View
 
@@ -114,14 +127,24 @@ def ask(view: View) -> Answer:
     )
 
 
-def drawn(view: View, found: Mapping[str, Any], profile: Mapping[str, Any] | None) -> Drawn:
+def drawn(
+    view: View,
+    found: Mapping[str, Any],
+    profile: Mapping[str, Any] | None,
+    costs: Mapping[str, Any] | None = None,
+) -> Drawn:
     """The graphs with what every node shows; made once for as long as nothing is measured anew."""
     stamp = session.workspace().comparison_stamp(view.run.id)
-    key = (view.run.id, stamp, profile is not None, found["around"], found["hops"])
+    measured = (profile is not None, costs is not None)
+    key = (view.run.id, stamp, measured, found["around"], found["hops"])
     kept: dict[Any, Drawn] = st.session_state.setdefault("drawn", {})
     if key not in kept:
         sheet = node_figures.sheet(
-            view.comparison, found["links"], profile=profile, effects=view.run.effects
+            view.comparison,
+            found["links"],
+            profile=profile,
+            effects=view.run.effects,
+            sensitivity=costs,
         )
         kept[key] = Drawn(
             files={side: Path(found[side]) for side in SIDES},
@@ -217,7 +240,11 @@ def _format_limit(measure: Measure, limit: float | None) -> str:
 
 
 def controls(
-    view: View, drawing: Drawn, draft: Draft, profile: Mapping[str, Any] | None
+    view: View,
+    drawing: Drawn,
+    draft: Draft,
+    profile: Mapping[str, Any] | None,
+    costs: Mapping[str, Any] | None,
 ) -> tuple[Measure, float | None]:
     """The row above the graphs: measure, threshold, search, steps from node to node.
 
@@ -261,12 +288,14 @@ def controls(
         )
         _search(view, drawing)
         st.space("stretch")
-        if profile is None or not has_isolated(view.comparison):
+        missing = costs is None and sensitivity.can_be_measured(view)
+        if profile is None or missing or not has_isolated(view.comparison):
             with st.popover(
                 "Measure", key="graph-measure", help="Measures what nodes cannot be coloured by yet"
             ):
                 causes.offer(view)
                 times.offer(view, profile)
+                sensitivity.offer(view, costs)
         step = partial(_step, view, drawing, measure.key)
         st.button(
             ":material/arrow_upward:",
@@ -550,9 +579,10 @@ def kept_picture(view: View) -> None:
 
 def _previewed(view: View, draft: Draft) -> dict[str, dict[str, Any]]:
     """The outputs' figures as the ticked list would have them, by the node that computes them."""
-    if set(draft.nodes) == set(view.run.exclusions):
+    recipe = parts.usual_recipe(view)
+    if set(draft.nodes) == set(view.run.exclusions) and not parts.differs(view, recipe):
         return {}
-    answer = session.list_preview(view, parts.usual_recipe(view), draft.nodes)
+    answer = session.list_preview(view, recipe, draft.nodes)
     if answer.value is None or answer.value["reason"]:
         return {}
     nodes = {a.name: a.node for a in view.comparison.activations if a.node}
@@ -634,6 +664,9 @@ def card(view: View, drawing: Drawn, draft: Draft) -> None:
             if own
             else "This node stands for none of the float model's main graph.",
         )
+        if own:
+            outputs = list(drawing.links["float"][own]["outputs"])
+            precision.choice(view, draft, own, outputs, key="graph-precision")
         rows = _figure_rows(view, drawing, side, node)
         if rows:
             st.table(
@@ -740,16 +773,16 @@ def finding(view: View, draft: Draft) -> None:
     recipe = parts.usual_recipe(view)
     # Asked for before anything is ticked as well: the first tick is then answered at once.
     answer = session.list_preview(view, recipe, draft.nodes)
-    if set(draft.nodes) == set(view.run.exclusions):
+    if set(draft.nodes) == set(view.run.exclusions) and not parts.differs(view, recipe):
         widgets.sentence(output.sentence, output.severity)
         return
     left, right = st.columns([6.5, 1], vertical_alignment="center", gap="small")
     with left:
         if answer.value is not None and not answer.value["reason"]:
-            grids = len(recipe.get("overrides", ())) if recipe is not None else 0
             text = facts.preview_sentence(
-                view, answer.value, output.output, draft.nodes, grids=grids
-            )
+                view, answer.value, output.output, draft.nodes,
+                overrides=parts.own_overrides(recipe),
+            )  # fmt: skip
             seconds = answer.value.get("latency_seconds")
             size = answer.value.get("size_bytes")
             if seconds is not None:
@@ -758,7 +791,10 @@ def finding(view: View, draft: Draft) -> None:
                 text += f", ≈ {format_bytes(size)}"
             widgets.sentence(text, facts.preview_severity(answer.value, output.output))
         else:
-            text = facts.change_sentence(view, output.output, draft.nodes)
+            text = facts.change_sentence(
+                view, output.output, draft.nodes,
+                overrides=None if recipe is None else parts.own_overrides(recipe),
+            )  # fmt: skip
             if answer.job is not None:
                 text += f" ({answer.job.title.lower()} …)"
             widgets.sentence(text, output.severity)
@@ -770,7 +806,9 @@ def finding(view: View, draft: Draft) -> None:
                 st.caption(f"No preview: {words.md_text(answer.value['reason'])}.")
     right.page_link(
         widgets.page("exclusions"),
-        label=f"Confirm {widgets.count(len(draft.nodes), 'node')}",
+        label="Confirm"
+        if parts.own_overrides(recipe)
+        else f"Confirm {widgets.count(len(draft.nodes), 'node')}",
         icon=":material/play_arrow:",
         query_params=session.address(),
     )

@@ -213,7 +213,7 @@ def output(view: View, choice: Choice) -> None:
         elif answer.value["reason"]:
             st.caption(f"Outputs not previewed: {words.md_text(answer.value['reason'])}.")
         else:
-            told = facts.preview_sentence(view, answer.value, None, nodes, grids=len(tried))
+            told = facts.preview_sentence(view, answer.value, None, nodes, overrides=tried)
             st.markdown(f"**{words.md_text(told)}**")
     with st.container(horizontal=True, key="lab-actions"):
         st.button(

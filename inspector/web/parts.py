@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -25,7 +26,7 @@ from inspector.render import (
     shorten_name,
 )
 from inspector.store import RunRecord, StoredModel, made_by_surgery
-from inspector.web import facts, forms, session, style, tables, tasks, widgets, words
+from inspector.web import facts, forms, lists, session, style, tables, tasks, widgets, words
 from inspector.web.forms import Chosen
 from inspector.web.session import Draft, View
 
@@ -199,24 +200,55 @@ def samples_and_pairs(view: View | None) -> None:
 # ── exclusions: the list of nodes ────────────────────────────────────────────────────────────
 
 
-def _shown(base: Sequence[str], frame: pd.DataFrame, edits: Mapping[int, Any]) -> list[str]:
-    """The ticked nodes: those at the start with the edits since."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WideNodes:
+    """Nodes whose tensors are put on a wider grid, beside those that are left in float.
+
+    Attributes:
+        dtype: the wider type.
+        names: the nodes that are chosen.
+        choose: chooses a node, or takes it back.
+    """
+
+    dtype: str
+    names: tuple[str, ...]
+    choose: Callable[[str, bool], None]
+
+
+def _shown(
+    base: Sequence[str], frame: pd.DataFrame, edits: Mapping[int, Any], column: str = "float"
+) -> list[str]:
+    """The nodes that are ticked in a column: those at the start with the edits since."""
     ticked = list(base)
     for row, change in edits.items():
         node = str(frame["name"].iloc[int(row)])
-        if change.get("float", node in ticked) and node not in ticked:
+        if change.get(column, node in ticked) and node not in ticked:
             ticked.append(node)
-        elif not change.get("float", True) and node in ticked:
+        elif not change.get(column, True) and node in ticked:
             ticked.remove(node)
     return ticked
 
 
-def node_editor(view: View, draft: Draft, *, height: int) -> None:
-    """Every node with a checkbox; ticks are kept at once."""
+def listed_nodes(view: View) -> list[Mapping[str, Any]]:
+    """Every node that can be left in float, as `workbench.list_nodes` has them; [] until known."""
+    known = session.ask(
+        ("nodes", view.pair.id),
+        tasks.list_nodes,
+        session.root(),
+        run_id=view.run.id,
+        title="Reading the nodes",
+        patience=0.3,
+    )
+    return known.value or []
+
+
+def node_editor(view: View, draft: Draft, *, height: int, wide: WideNodes | None = None) -> None:
+    """Every node with a checkbox, two where a wider type can be had; ticks are kept at once."""
     comparison = view.comparison
     with st.container(
         horizontal=True, vertical_alignment="center", key="node-filters", gap="xsmall"
     ):
+        lists.view_field()
         text = widgets.find_field()
         op_type = widgets.op_field(tables.op_types(comparison))
         more = st.container(width="content", key="more-slot")
@@ -231,15 +263,8 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
             on_click=session.redo,
             args=(view.pair.id, draft),
         )
-    known = session.ask(
-        ("nodes", view.pair.id),
-        tasks.list_nodes,
-        session.root(),
-        run_id=view.run.id,
-        title="Reading the nodes",
-        patience=0.3,
-    )
-    listed = known.value or []
+    listed = listed_nodes(view)
+    at_wide = () if wide is None else wide.names
     with more:
         _more_like_this(view, draft, listed)
     # The editor keeps its own edits for as long as its rows stay the same. Whatever changes the
@@ -248,36 +273,44 @@ def node_editor(view: View, draft: Draft, *, height: int) -> None:
     place = f"nodes-{view.run.id}-{filters:x}"
     state: dict[str, Any] = st.session_state.setdefault("editor", {})
     if state.get("place") != place:
-        state.update(place=place, epoch=state.get("epoch", 0) + 1, base=draft.nodes)
+        state.update(place=place, epoch=state.get("epoch", 0) + 1, base=draft.nodes, wide=at_wide)
     key = f"{place}-{state['epoch']}"
 
-    def rows(base: Sequence[str]) -> pd.DataFrame:
+    def rows(base: Sequence[str], base_wide: Sequence[str]) -> pd.DataFrame:
         found = tables.nodes(
             comparison, base, listed, selected=view.node, text=text, op_type=op_type
         )
         # Addresses beside this page's own, so that they hold under any base path.
         links = [f"graph?{urlencode({'run': view.run.id, 'node': n})}" for n in found["name"]]
         found.insert(list(found.columns).index("node") + 1, "graph", links)
+        if wide is not None:
+            found.insert(1, "wide", [name in base_wide for name in found["name"]])
         return found
 
-    frame = rows(state["base"])
+    frame = rows(state["base"], state["wide"])
     edits = (st.session_state.get(key) or {}).get("edited_rows", {})
-    if set(_shown(state["base"], frame, edits)) != set(draft.nodes):
-        state.update(epoch=state["epoch"] + 1, base=draft.nodes)
+    if set(_shown(state["base"], frame, edits)) != set(draft.nodes) or set(
+        _shown(state["wide"], frame, edits, "wide")
+    ) != set(at_wide):
+        state.update(epoch=state["epoch"] + 1, base=draft.nodes, wide=at_wide)
         key = f"{place}-{state['epoch']}"
-        frame = rows(state["base"])
+        frame = rows(state["base"], state["wide"])
 
     def edited() -> None:
         changes = st.session_state[key]["edited_rows"]
         session.tick(view.pair.id, draft, tuple(_shown(state["base"], frame, changes)))
+        if wide is not None:
+            chosen = _shown(state["wide"], frame, changes, "wide")
+            for name in set(chosen) ^ set(at_wide):
+                wide.choose(name, name in chosen)
 
     widgets.limited(frame, view, key="nodes")
     st.data_editor(
         tables.shown(frame),
         key=key,
         hide_index=True,
-        column_config=tables.node_columns(),
-        disabled=[column for column in frame.columns if column != "float"],
+        column_config=tables.node_columns("" if wide is None else wide.dtype),
+        disabled=[column for column in frame.columns if column not in ("float", "wide")],
         on_change=edited,
         height=height,
         placeholder="–",
@@ -346,10 +379,15 @@ def gain(view: View, draft: Draft, recipe: Mapping[str, Any] | None) -> None:
         recipe: to re-quantize with; None for surgery on the loaded file.
     """
     output = find_headline(view.comparison)
-    changed = set(draft.nodes) != set(view.run.exclusions)
+    changed = set(draft.nodes) != set(view.run.exclusions) or differs(view, recipe)
     answer = session.list_preview(view, recipe, draft.nodes)
-    if not (changed or _differs(view, recipe)) or answer.error is not None or not _shows(answer):
-        text = facts.change_sentence(view, output.output, draft.nodes)
+    if not changed or answer.error is not None or not _shows(answer):
+        text = facts.change_sentence(
+            view,
+            output.output,
+            draft.nodes,
+            overrides=None if recipe is None else own_overrides(recipe),
+        )
         if changed and answer.job is not None:
             text += f" ({answer.job.title.lower()} …)"
         widgets.sentence(text, output.severity)
@@ -362,21 +400,32 @@ def gain(view: View, draft: Draft, recipe: Mapping[str, Any] | None) -> None:
             st.caption(f"No preview: {words.md_text(answer.value['reason'])}.")
         return
     with st.container(key="preview"):
-        grids = len(recipe.get("overrides", ())) if recipe is not None else 0
-        text = facts.preview_sentence(view, answer.value, output.output, draft.nodes, grids=grids)
+        text = facts.preview_sentence(
+            view, answer.value, output.output, draft.nodes, overrides=own_overrides(recipe)
+        )
         widgets.sentence(text, facts.preview_severity(answer.value, output.output))
         widgets.tiles(facts.preview_tiles(view, answer.value, output.output))
         for name, reason in answer.value["refused"][:3]:
             st.caption(f"{words.md_code(shorten_name(name, 40))} stays: {words.md_text(reason)}")
+        for name in answer.value["unheeded"][:3]:
+            st.caption(
+                f"{words.md_code(shorten_name(name, 40))} keeps its type: it stays in float, or "
+                "has the scale of another tensor"
+            )
 
 
-def _differs(view: View, recipe: Mapping[str, Any] | None) -> bool:
+def own_overrides(recipe: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
+    """The overrides of a recipe as it is shown; () for surgery."""
+    return () if recipe is None else tuple(recipe.get("overrides", ()))
+
+
+def differs(view: View, recipe: Mapping[str, Any] | None) -> bool:
     """Whether the shown run's file was made in another way."""
     if recipe is None:
         return view.run.number > 0 and not made_by_surgery(view.run)
     if made_by_surgery(view.run):
         return True
-    start = {"overrides": [], **view.run.recipe}
+    start = {"overrides": [], "equalize": False, **view.run.recipe}
     return any(each != start.get(name) for name, each in recipe.items())
 
 
@@ -398,7 +447,8 @@ def _overrides(view: View) -> list[dict[str, Any]]:
     for place, entry in enumerate(found):
         tensor = str(entry.get("tensor", ""))
         text, back = st.columns([4, 1], vertical_alignment="center")
-        text.caption(f"Grid set by hand: {words.md_code(shorten_name(tensor, 34))}")
+        what = str(entry["quant_type"]) if facts.typed(entry) else "Grid set by hand"
+        text.caption(f"{what}: {words.md_code(shorten_name(tensor, 34))}")
         back.button(
             ":material/close:",
             key=f"override-{place}",
@@ -457,24 +507,31 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> dict[str, Any]
     with st.container(border=True, height=height, key="requantize-panel", gap="small"):
         number = len(draft.nodes)
         changed = set(draft.nodes) != set(view.run.exclusions)
+        set_by_hand = [] if _surgery_fits(view) else session.overrides(view)
+        unapplied = changed or set_by_hand != list(view.run.recipe.get("overrides", ()))
         st.markdown(
             f"**{widgets.count(number, 'node')} to leave in float**"
-            + (" · not applied yet" if changed else "")
+            + (f", **{facts.set_by_hand(set_by_hand)}**" if set_by_hand else "")
+            + (" · not applied yet" if unapplied else "")
         )
         with st.container(height=86, border=False, gap=None, key="ticked"):
-            if not number:
+            if not number and not set_by_hand:
                 st.caption("Tick nodes on the left; start with the worst.")
             for name in draft.nodes:
                 st.markdown(f":violet[■] {words.md_code(shorten_name(name, 46))}")
+            for each in set_by_hand:
+                what = each["quant_type"] if facts.typed(each) else "grid"
+                tensor = words.md_code(shorten_name(str(each["tensor"]), 40))
+                st.markdown(f":orange[■] {tensor} {what}")
         way = _way(view)
         if way == "surgery":
             st.caption("Their Q/DQ pairs go, their float weights come back, every other scale "
                        "stays as the loaded file has it.")  # fmt: skip
         else:
             recipe = _recipe(view)
-        differs = _differs(view, recipe)
+        other = differs(view, recipe)
         busy = session.running("requantize") or session.running_title(REQUANTIZING)
-        idle = not changed and not differs and (view.run.number > 0 or recipe is None)
+        idle = not changed and not other and (view.run.number > 0 or recipe is None)
         with st.container(height=92, border=False, key="requantize-slot"):
             if busy is not None:
                 widgets.job_card(busy.id, place="requantize")
@@ -505,7 +562,7 @@ def _recipe(view: View) -> dict[str, Any]:
             view.run.recipe, tables.op_types(view.comparison), key=f"recipe-{view.run.id}"
         )
         recipe["overrides"] = _overrides(view)
-    start = {"overrides": [], **view.run.recipe}
+    start = {"overrides": [], "equalize": False, **view.run.recipe}
     differs = [name for name, each in recipe.items() if each != start.get(name)]
     st.caption(
         f"Changed: {', '.join(name.replace('_', ' ') for name in differs)}"
@@ -564,6 +621,9 @@ _EFFECT = {
     "weight still quantized": ":orange[▲] weight still quantized",
     "no such node": ":red[●] no such node",
     "nothing changed": ":red[●] nothing changed",
+    "keeps its type": ":red[●] keeps its type",
+    "int16 now": ":green[✓] int16 now",
+    "uint16 now": ":green[✓] uint16 now",
 }
 
 
@@ -575,7 +635,7 @@ def effects(view: View, draft: Draft) -> None:
     """What each exclusion really changed, and what would make a node really float."""
     if not view.run.effects:
         st.caption(
-            "No node of this run is left in float."
+            "No node of this run is left in float, and no tensor has a type of its own."
             if not view.run.exclusions
             else "What the exclusions of this run changed is not recorded."
         )
@@ -591,7 +651,7 @@ def effects(view: View, draft: Draft) -> None:
             help=words.md_code(name),
         )
         why.caption(words.md_text("; ".join(map(str, effect.get("details", ())))))
-        if status not in ("float now", "no such node"):
+        if status in ("still fed by Q/DQ", "weight still quantized", "nothing changed"):
             free.button(
                 "Free it fully",
                 key=f"free-{place}",

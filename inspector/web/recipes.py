@@ -14,10 +14,12 @@ from inspector.render import (
     dump_json,
     format_bytes,
     format_db,
+    format_figure,
     format_ms,
     format_percent,
     read_number,
     recipe_finding,
+    shorten_name,
 )
 from inspector.web import facts, session, style, tables, tasks, widgets
 from inspector.web.parts import REQUANTIZING
@@ -105,7 +107,17 @@ def _tiles(view: View, row: Row, best: Row) -> list[facts.Tile]:
         "SQNR of the lowest output on samples that did not calibrate. With fewer than 8 samples "
         "all of them calibrate.",
     )
-    if task is not None:
+    for figure in row.get("metrics", ()):
+        value = figure["simulated"] if figure["deployed"] is None else figure["deployed"]
+        unseen = (
+            f"Task: {shorten_name(figure['metric'], 26)}",
+            format_figure(read_number(value), figure["unit"]),
+            f"float {format_figure(read_number(figure['float']), figure['unit'])} · unseen "
+            f"{db('unseen_sqnr_db')}",
+            f"On {figure['samples']} samples; "
+            f"{'higher' if figure['higher_is_better'] else 'lower'} is better.",
+        )
+    if task is not None and not row.get("metrics"):
         unseen = (
             "Top-1",
             format_percent(task["top1_quantized"]),

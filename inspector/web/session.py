@@ -148,22 +148,21 @@ def comparison_of(run_id: str) -> Comparison:
 
 
 def baseline_of(run: RunRecord, runs: tuple[RunRecord, ...]) -> RunRecord | None:
-    """The run of the same recipe without exclusions; for that one itself, the loaded file.
+    """The run of the same recipe without exclusions and overrides; for that one, the loaded file.
 
     For the loaded file with nodes freed by surgery, the loaded file. None where no other run has
     this recipe: before and after are never of two recipes.
     """
     if made_by_surgery(run):
         return next((each for each in runs if each.number == 0), None)
+    plain = {key: value for key, value in run.recipe.items() if key != "overrides"}
     alike = [
-        each
-        for each in runs
-        if each.recipe == run.recipe and not each.exclusions and each.id != run.id
+        each for each in runs if each.recipe == plain and not each.exclusions and each.id != run.id
     ]
     made = [each for each in alike if each.number > 0]
     if run.number == 0:
         return None
-    if run.exclusions and made:
+    if (run.exclusions or plain != run.recipe) and made:
         return made[0]
     return next((each for each in alike if each.number == 0), None)
 
@@ -485,7 +484,10 @@ def list_preview(view: View, recipe: Mapping[str, Any] | None, nodes: Sequence[s
         recipe: to re-quantize with; None for surgery on the loaded file.
         nodes: in float.
     """
-    wanted = "" if recipe is None else dump_json(dict(recipe))
+    # As `QuantConfig.to_json` writes it, so that one recipe is asked about once.
+    later = ("equalize", "overrides")
+    given = {key: value for key, value in (recipe or {}).items() if value or key not in later}
+    wanted = "" if recipe is None else dump_json(given)
     key = ("preview", view.run.id, wanted, tuple(sorted(nodes)))
     latest = st.session_state.get("latest-preview")
     if latest is not None and latest != key:
@@ -496,7 +498,7 @@ def list_preview(view: View, recipe: Mapping[str, Any] | None, nodes: Sequence[s
         tasks.preview_list,
         root(),
         run_id=view.run.id,
-        config=None if recipe is None else dict(recipe),
+        config=None if recipe is None else given,
         exclude=list(nodes),
         title="Preparing the preview",
         role="live",

@@ -58,7 +58,7 @@ NODE_COLUMNS = [
 # fmt: on
 RECIPE_COLUMNS = [
     *("sign", "label", "deployed", "unseen", "simulated", "joined", "top1", "agreement"),
-    *("ms", "spread", "mb", "note"),
+    *("metric", "ms", "spread", "mb", "note"),
 ]
 KINDS = ("activation", "weight", "bias")
 ISOLATED_MEANING = (
@@ -363,12 +363,23 @@ def op_of_nodes(comparison: Comparison) -> dict[str, str]:
     return {each.node: each.op_type for each in compared(comparison) if each.node}
 
 
-def node_columns() -> dict[str, Any]:
-    """How the columns of `nodes` are shown."""
+def node_columns(wide: str = "") -> dict[str, Any]:
+    """How the columns of `nodes` are shown.
+
+    Args:
+        wide: the type of the column "wide"; "" where it is not there.
+    """
     text = st.column_config.TextColumn
     return {
         "float": st.column_config.CheckboxColumn(
             "Float", width=72, help="Leave this node in float. Select the cell and press Space."
+        ),
+        "wide": st.column_config.CheckboxColumn(
+            wide or None,
+            width=60,
+            help="Give what this node computes 65,536 levels instead of "
+            "256. The file stays as small; ONNX Runtime's CPU kernels compute the nodes around it "
+            "in float.",
         ),
         "sign": text("", width=36, help="▸ selected · ● below 10 dB · ▲ below 20 dB · ✓ fine"),
         "name": None,
@@ -539,6 +550,7 @@ def recipes(rows: Sequence[Mapping[str, Any]], current: str = "") -> pd.DataFram
                 "joined": _known(_read(row["worst_part_sqnr_db"])),
                 "top1": 100 * row["task"]["top1_quantized"] if row["task"] else None,
                 "agreement": 100 * row["task"]["top1_agreement"] if row["task"] else None,
+                "metric": _metric(row),
                 "ms": 1000 * row["latency"]["median_seconds"] if row["latency"] else None,
                 "spread": 1000 * row["latency"]["spread_seconds"] if row["latency"] else None,
                 "mb": row["size_bytes"] / 1e6,
@@ -551,8 +563,16 @@ def recipes(rows: Sequence[Mapping[str, Any]], current: str = "") -> pd.DataFram
         ],
         columns=RECIPE_COLUMNS,
     )
-    empty = [name for name in ("unseen", "joined", "top1", "agreement") if frame[name].isna().all()]
-    return frame.drop(columns=empty)
+    optional = ("unseen", "joined", "top1", "agreement", "metric")
+    return frame.drop(columns=[name for name in optional if frame[name].isna().all()])
+
+
+def _metric(row: Mapping[str, Any]) -> float | None:
+    """A recipe's task metric, deployed where it was run so."""
+    for figure in row.get("metrics", ()):
+        key = "simulated" if figure["deployed"] is None else "deployed"
+        return _known(read_number(figure[key]))
+    return None
 
 
 def recipe_rank(row: Mapping[str, Any]) -> float | None:
@@ -586,6 +606,9 @@ def recipe_columns() -> dict[str, Any]:
         "top1": number("Top-1 %", format="%.1f", width=70, help="Share of samples right."),
         "agreement": number(
             "As float %", format="%.1f", width=80, help="Share on which both choose one class."
+        ),
+        "metric": number(
+            "Task metric", format="%.4g", width=90, help="The pair's task metric, deployed."
         ),
         "ms": number(
             "ms", format="%.3g", width=62, help="Deployed, one feed, median of interleaved runs."

@@ -160,11 +160,25 @@ def profile_run(root: Path, **arguments: Any) -> dict[str, Any]:
     return workbench.profile_run(root, **arguments)
 
 
+def measure_run(root: Path, **arguments: Any) -> dict[str, Any]:
+    """What each node costs. Arguments as `live.measure_run`."""
+    from inspector import live
+
+    return live.measure_run(root, **arguments)
+
+
 def try_recipes(root: Path, **arguments: Any) -> int:
     """How many recipes were tried. Arguments as `workbench.try_recipes`."""
     from inspector import workbench
 
     return workbench.try_recipes(root, **arguments)
+
+
+def search_list(root: Path, **arguments: Any) -> bool:
+    """Whether a list reaches the goal. Arguments as `live.search_list`."""
+    from inspector import live
+
+    return live.search_list(root, **arguments)
 
 
 def preview_feed(**arguments: Any) -> dict[str, Any]:

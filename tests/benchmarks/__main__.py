@@ -21,8 +21,10 @@ BENCHMARKS = (
     "requantize",
     "toggle",
     "click_to_preview",
+    "sensitivity",
     "growth",
     "graph_panes",
+    "search",
 )
 
 
