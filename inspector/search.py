@@ -38,8 +38,9 @@ _HOPELESS_COUNT = 0.5
 _PROPOSALS = 4
 # So many nodes are put back side by side.
 _PRUNED = 8
-# Whole lists that are pruned, at most.
+# Whole lists that are pruned, at most; of what is counted, whose noise tells less, some more.
 _PRUNINGS = 1
+_PRUNINGS_COUNT = 6
 # Lists that are really quantized until the deployed model reaches the goal.
 _DEPLOYED_ROUNDS = 8
 # SQNR that a list has to gain where the goal itself cannot be raised by what was lost.
@@ -269,7 +270,7 @@ class _Search:
         """Whether a figure that few samples promise is too far off to run all of them."""
         missing = self.inner.short_of(expected)
         way = abs(self.goal.short_of(self._known(frozenset())))
-        share = _HOPELESS if self.goal.unit == "dB" else _HOPELESS_COUNT
+        share = _HOPELESS_COUNT if self._counts else _HOPELESS
         slack = share * way if math.isfinite(way) else 0.0
         return math.isnan(missing) or missing > slack
 
@@ -285,6 +286,11 @@ class _Search:
     def _order(self, names: frozenset[str]) -> tuple[int, float, tuple[str, ...]]:
         """Shorter lists first, then less noise, then their names."""
         return len(names), self.noises.get(names, MOST_NOISE), tuple(sorted(names))
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the figure counts things, and so jumps where noise does not."""
+        return self.goal.unit != "dB"
 
     # -- the search ------------------------------------------------------------------------
 
@@ -383,14 +389,24 @@ class _Search:
         missed = [n for names, n in self.noises.items() if not self._good(names)]
         return min(missed, default=1.0)
 
-    def _propose(self, count: int) -> frozenset[str] | None:
-        """The most promising list of a size that can be paid and was not tried."""
+    def _propose(
+        self, count: int, near: frozenset[str] | tuple[()] | None = None
+    ) -> frozenset[str] | None:
+        """The most promising list of a size that can be paid and was not tried.
+
+        Args:
+            count: its size.
+            near: a list that it may start from; None for the best one.
+        """
         assert self.model is not None
         self.model.settle(self._target())
         most = self.most_macs
         for _ in range(_PROPOSALS):
             found = self.model.propose(
-                count, most_macs=most, near=self.best or (), tried=self.tried
+                count,
+                most_macs=most,
+                near=(self.best or ()) if near is None else near,
+                tried=self.tried,
             )
             if found is None or self._affordable(found):
                 return found
@@ -410,8 +426,10 @@ class _Search:
         self._bisect()
         if self.best is None:
             return None
+        if self._counts:
+            self._scan()
         self.phase, self.share = "pruning", (0.7, 1.0)
-        for _ in range(_PRUNINGS):
+        for _ in range(_PRUNINGS_COUNT if self._counts else _PRUNINGS):
             self._shorten()
             before = self.best
             if before:
@@ -448,6 +466,19 @@ class _Search:
             found = self._propose(min(count, high - 1))
             if found is None or not self._reaches(found):
                 low = count
+
+    def _scan(self) -> None:
+        """Tries lists of rising size: what is counted may be reached by a short one and not by
+        longer ones, which no bisection sees."""
+        count = 1
+        while self.best and count < len(self.best):
+            for _ in range(_PROPOSALS):
+                found = self._propose(count, near=())
+                if found is None:
+                    break
+                if self._reaches(found):
+                    return
+            count = max(count + 1, round(1.4 * count))
 
     def _most(self) -> int:
         """How many nodes a list can have at most at the price."""
@@ -521,7 +552,9 @@ class _Search:
             order.sort(key=lambda each: each[:2])
             self.tried.update(names for hopeless, _, names in order if hopeless)
             promising = [names for hopeless, _, names in order if not hopeless]
-            if any(self._reaches(names) for names in promising) or not promising:
+            if any(self._reaches(names) for names in promising):
+                return
+            if not promising and not self._counts:
                 return
 
     # -- the deployed model ----------------------------------------------------------------

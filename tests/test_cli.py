@@ -1157,10 +1157,8 @@ def test_the_diagnosis_of_the_silent_detector_names_the_join_and_what_the_remedy
     assert main(["diagnose", *pair, *feeds, "--json", str(tmp_path / "d.json")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("● concat-shared-scale: ")
-    assert (
-        "  Leave the Concat and what is quantized behind it in float, or store it in 16 bits. (in float: "
-        in out
-    )
+    remedy = "  Leave the Concat and what is quantized behind it in float, or store it in 16 bits."
+    assert f"{remedy} (in float: " in out
     first = json.loads((tmp_path / "d.json").read_text())["findings"][0]
     assert (first["code"], first["severity"], first["node"]) == (
         "concat-shared-scale", "problem", "/head/Concat_3",

@@ -527,3 +527,20 @@ def test_requantized_by_onnxruntime_the_list_gives_the_same_figure(tmp_path: Pat
     assert comparison.outputs[0].sqnr_db == pytest.approx(result.after, abs=1e-6)
     assert comparison.task is not None
     assert (comparison.task.top1_quantized, comparison.task.samples) == (1.0, 20)
+
+
+@needs_models
+@pytest.mark.slow
+def test_a_short_list_is_found_where_a_counted_figure_jumps(tmp_path: Path) -> None:
+    """Of 12 boxes in three pictures: bisection alone ends at 73 nodes."""
+    float_model = load_model(MODELS / "fastestdet" / "model.onnx")
+    feeds = load_feeds(MODELS / "fastestdet" / "inputs", float_model)
+    split = split_calibration(feeds.subset([4, 5, 6]), feeds.subset([0, 1, 2, 3]))
+    trials = open_trials(
+        float_model, CONFIG, feeds.subset([4, 5, 6]), split, "detection_f1@fastestdet",
+        cache=tmp_path, beside=True,
+    )  # fmt: skip
+    names = quantized_nodes(trials, float_model)
+    result = find_exclusions(trials, Goal.of(trials.metric, 0.9), candidates=names)
+    assert result.reached
+    assert len(result.nodes) <= 20
