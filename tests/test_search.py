@@ -535,12 +535,16 @@ def test_a_short_list_is_found_where_a_counted_figure_jumps(tmp_path: Path) -> N
     """Of 12 boxes in three pictures: bisection alone ends at 73 nodes."""
     float_model = load_model(MODELS / "fastestdet" / "model.onnx")
     feeds = load_feeds(MODELS / "fastestdet" / "inputs", float_model)
-    split = split_calibration(feeds.subset([4, 5, 6]), feeds.subset([0, 1, 2, 3]))
+    judging = feeds.subset([4, 5, 6])
+    split = split_calibration(judging, feeds.subset([0, 1, 2, 3]))
     trials = open_trials(
-        float_model, CONFIG, feeds.subset([4, 5, 6]), split, "detection_f1@fastestdet",
-        cache=tmp_path, beside=True,
-    )  # fmt: skip
+        float_model, CONFIG, judging, split, "detection_f1@fastestdet", cache=tmp_path, beside=True
+    )
+    files = RealFiles(float_model, judging, split, trials.metric, range(3), cache=tmp_path)
     names = quantized_nodes(trials, float_model)
-    result = find_exclusions(trials, Goal.of(trials.metric, 0.9), candidates=names)
+    result = find_exclusions(
+        trials, Goal.of(trials.metric, 0.9), candidates=names,
+        accept=lambda exclude: files.figure(CONFIG, exclude),
+    )  # fmt: skip
     assert result.reached
     assert len(result.nodes) <= 20
