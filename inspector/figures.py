@@ -2027,7 +2027,7 @@ def exclusion_lists(
         )  # fmt: skip
     line = {"color": colors.muted, "width": 1.25, "dash": "dot", "shape": "hv"}
     x, y = [points[i].price for i in front], [y_of(points[i].figure) for i in front]
-    _decorate(figure, "front", x, y, "lines", line=line)
+    _decorate(figure, "joined", x, y, "lines", line=line)
     on_front = set(front)
     for name, which in (("beaten", False), ("front", True)):
         here = [p for i, p in enumerate(points) if (i in on_front) is which]
@@ -2063,8 +2063,10 @@ def exclusion_lists(
     for at, word in named.items():
         point = points[at]
         right = point.price > cheapest + 0.7 * (dearest - cheapest)
-        where = {"ax": -24 if right else 24, "ay": 20, "xanchor": "right" if right else "left"}
-        _pointer(figure, dark, word, point.price, y_of(point.figure), **where)
+        side = "right" if right else "left"
+        ax, ay = (-28, 34) if right else (24, 18)
+        at_y = y_of(point.figure)
+        _pointer(figure, dark, word, point.price, at_y, ax=ax, ay=ay, xanchor=side)
     return figure
 
 

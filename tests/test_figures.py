@@ -1193,3 +1193,63 @@ def test_the_worst_of_many_causes_are_drawn_and_said_to_be() -> None:
     assert len(rows(figures.cause_map(comparison(many), most=None))) == 3000
     again = figures.cause_map(comparison(many), selected="t2999")
     assert again.to_json() == figure.to_json()
+
+
+# --- exclusion lists ---------------------------------------------------------------------------
+
+AXES = figures.ListAxes(
+    metric="output SQNR", unit="dB", higher_is_better=True, price="MACs in float, %",
+    price_unit="% of MACs",
+)  # fmt: skip
+
+
+def lists(*rows: tuple[str, int, float, float]) -> list[figures.ListPoint]:
+    return [figures.ListPoint(key=k, nodes=n, figure=f, price=p) for k, n, f, p in rows]
+
+
+def marks_of(figure: Any, name: str) -> Any:
+    return next(t for t in figure.data if t.name == name)
+
+
+def test_lists_that_no_cheaper_one_beats_are_joined_and_the_others_pale() -> None:
+    points = lists(
+        ("-", 0, 8.0, 0.0), ("a", 2, 19.0, 1.0), ("b", 9, 18.0, 6.0), ("c", 20, 24.0, 60.0)
+    )
+    figure = figures.exclusion_lists(points, AXES, goal=20.0, chosen="c", selected="a")
+    assert list(marks_of(figure, "front").customdata) == ["-", "a", "c"]
+    assert list(marks_of(figure, "beaten").customdata) == ["b"]
+    assert figure.layout.title.text.startswith("24.0 dB with 20 nodes in float (60 % of MACs)")
+    said = [a.text for a in figure.layout.annotations]
+    assert {"goal 20.0 dB", "none in float", "proposed, 20 nodes", "knee, 2 nodes"} <= set(said)
+    rims = dict(
+        zip(marks_of(figure, "front").customdata, marks_of(figure, "front").marker.line.width,
+            strict=True)
+    )  # fmt: skip
+    assert rims["a"] > rims["c"]
+
+
+def test_a_goal_that_no_list_reaches_is_said_with_the_best_so_far() -> None:
+    figure = figures.exclusion_lists(
+        lists(("-", 0, 8.0, 0.0), ("a", 2, 19.0, 1.0), ("all", 30, math.inf, 100.0)),
+        AXES,
+        goal=25.0,
+    )
+    assert figure.layout.title.text.startswith("No list tried reaches 25.0 dB; the best gives 19.0")
+
+
+def test_a_lower_figure_is_better_where_the_metric_says_so() -> None:
+    axes = replace(AXES, metric="top1_drop", unit="", higher_is_better=False)
+    points = lists(("-", 0, 0.5, 0.0), ("a", 2, 0.1, 1.0), ("b", 3, 0.3, 2.0))
+    figure = figures.exclusion_lists(points, axes, goal=0.2, chosen="a")
+    assert list(marks_of(figure, "front").customdata) == ["-", "a"]
+    assert figure.layout.title.text.startswith("0.1 with 2 nodes")
+
+
+def test_lists_whose_figure_is_not_finite_keep_it_for_the_download() -> None:
+    points = lists(("-", 0, math.nan, 0.0), ("a", 2, 19.0, 1.0), ("all", 30, math.inf, 100.0))
+    rows = list(
+        csv.DictReader(io.StringIO(figures.figure_csv(figures.exclusion_lists(points, AXES))))
+    )
+    assert {row["y"] for row in rows} == {"19", "Infinity", "NaN"}
+    assert len(rows) == 3
+    assert "No list has been tried yet" in figures.exclusion_lists([], AXES).layout.title.text

@@ -31,7 +31,7 @@ from inspector.comparison import (
     Unmatched,
 )
 from inspector.errors import Cancelled, ModelError
-from inspector.render import comparison_json, format_db, read_comparison
+from inspector.render import comparison_json, format_db, read_comparison, read_number
 from inspector.store import PROFILE_KEY, FeedSource, Workspace
 from inspector.web import forms, graphs, session, tables, tasks
 from inspector.web.words import md_code, md_text
@@ -1164,3 +1164,40 @@ def test_a_link_colours_by_the_measure_it_names(loaded: Workspace) -> None:
     test = app("graph", run=last_run(loaded), measure="local")
     wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
     assert "local" in [box.value for box in test.selectbox]
+
+
+# ── search ───────────────────────────────────────────────────────────────────────────────────
+
+
+def search_page(loaded: Workspace, metric: str) -> AppTest:
+    """The exclusions page with its search, after one with this goal."""
+    goal = {"metric": metric, "value": 10.0, "unit": "dB", "higher_is_better": True}
+    loaded.save_search(loaded.current_pair() or "", {"goal": goal, "trials": []})
+    pair = loaded.current_pair() or ""
+    test = app("exclusions", run=loaded.runs(pair)[0].id)
+    return test.segmented_control(key="exclusions-view").set_value("Search").run()
+
+
+@pytest.mark.slow
+def test_a_search_proposes_the_join_and_its_list_is_ticked(loaded: Workspace) -> None:
+    pair = loaded.current_pair() or ""
+    test = search_page(loaded, "output_sqnr_db:output0[4:]")
+    test.button(key="start-search").click().run()
+    wait(test, lambda page: any(b.key == "tick-found" for b in page.button))
+    found = loaded.search(pair)
+    assert found["reached"]
+    assert found["nodes"] == ["/head/Concat_3"]
+    assert read_number(found["metric"]["before"]) < 1 < 10 <= read_number(found["metric"]["after"])
+    assert any(each["nodes"] == found["nodes"] for each in found["trials"])
+    test.button(key="tick-found").click().run()
+    assert loaded.draft(pair)["nodes"] == ["/head/Concat_3"]
+    # What was tried is kept: asked again, nothing runs.
+    test.button(key="start-search").click().run()
+    wait(test, lambda page: loaded.search(pair).get("evaluations") == 0)
+
+
+@pytest.mark.slow
+def test_a_search_by_a_metric_that_is_none_says_so(loaded: Workspace) -> None:
+    test = search_page(loaded, "beauty")
+    test.button(key="start-search").click().run()
+    wait(test, lambda page: any("beauty" in e.value for e in page.error))

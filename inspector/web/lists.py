@@ -149,8 +149,9 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
     def block() -> None:
         found = session.workspace().search(view.pair.id)
         job = session.running_title(SEARCHING)
-        if running and job is None:
-            st.rerun()
+        ticked = session.draft(view.pair.id, view.run.exclusions).nodes
+        if (running and job is None) or set(ticked) != set(draft.nodes):
+            st.rerun()  # what stands around this changes as well
         trials = [t for t in found.get("trials", ()) if t["metric"] is not None]
         keys = {_key(t["nodes"]): t for t in trials}
         axes = _axes(found, price)
@@ -169,7 +170,7 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
                 goal=found.get("goal", {}).get("value"),
                 chosen=_key(found.get("nodes", ())) if found.get("reached") else "",
                 selected=_key(draft.nodes),
-                height=height - 32,
+                height=height - 36,
             ),
             key="lists",
             name=f"{view.pair.title}-lists",
@@ -180,14 +181,27 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
         if job is not None:
             st.progress(min(1.0, max(0.0, job.fraction)), text=md_text(widgets.remaining(job)))
         else:
-            st.caption(_said(found))
+            _proposal(view, draft, found)
 
     block()
 
 
+def _proposal(view: View, draft: Draft, found: Search) -> None:
+    """How the last search ended, and a button that ticks the list it proposes."""
+    with st.container(horizontal=True, vertical_alignment="center", key="proposal", gap="small"):
+        nodes = tuple(found.get("nodes", ()))
+        if nodes and set(nodes) != set(draft.nodes) and st.button(
+            f"Tick the {widgets.count(len(nodes), 'node')} found", key="tick-found",
+            type="tertiary", icon=":material/checklist:",
+        ):  # fmt: skip
+            session.tick(view.pair.id, draft, nodes)
+            st.rerun()
+        st.caption(_said(found), width="content")
+
+
 def _key(nodes: Sequence[str]) -> str:
-    """What a list's mark is selected by."""
-    return "\0".join(["list", *sorted(nodes)])
+    """What a list's mark is selected by, and is called in the download."""
+    return ", ".join(sorted(nodes)) or "(none)"
 
 
 def _axes(found: Search, price: str) -> figures.ListAxes:

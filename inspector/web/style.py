@@ -48,6 +48,7 @@ h1 { padding: 0.1rem 0 !important; }
 [class*="st-key-csv-"] button { min-height: 0; padding: 0 0.3rem; font-size: 0.75rem; }
 [class*="st-key-wait-"] { display: flex; justify-content: center; }
 [data-testid="stElementToolbar"] { top: 0.15rem !important; }
+.st-key-proposal { min-height: 2.1rem; }
 .st-key-chart-choice { min-height: 1.7rem; }
 .st-key-chart-choice button { min-height: 1.6rem; padding: 0 0.6rem; }
 .st-key-chart-choice button p { font-size: 0.8rem; }
