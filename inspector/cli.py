@@ -1694,6 +1694,8 @@ def search(
         _print(printable(shlex.join([*words, *_feed_words(options)]), LONGEST_WORD))
     for note in result.notes:
         _say("note", note)
+    if result.reached and not result.nodes and goal.metric.startswith("output_sqnr_db"):
+        _say("note", "a pooled figure can hide a silent part of an output: diagnose names it")
     if stopped:
         return INTERRUPTED
     return 0 if result.reached else FAILED_GATE

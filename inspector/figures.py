@@ -1922,14 +1922,16 @@ class ListPoint:
         nodes: how many stay in float.
         figure: of the metric; nan where an output is not finite.
         price: on the axis that was chosen.
-        note: a further line for the hover text.
+        deployed: the figure of its real file, where that was made.
+        notes: further lines for the hover text.
     """
 
     key: str
     nodes: int
     figure: float
     price: float
-    note: str = ""
+    deployed: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -2002,7 +2004,9 @@ def exclusion_lists(
     pad = 0.12 * ((high - low) or 1.0)
     bottom, top = low - pad, high + 1.5 * pad
     sentence = _lists_title(points, axes, front, goal, chosen)
-    told = [f"{len(points):,} lists", "joined: no cheaper one is better", "click a mark to load it"]
+    told = [_count_text(len(points), "list"), "joined: no cheaper one is better, simulated"]
+    if goal is not None and any(_misses(p, goal, sign) for p in points):
+        told.append("cross: misses the goal deployed")
     figure = _figure(
         title, sentence, dark, height, " · ".join(told),
         margin={"r": 24, "t": 62, "b": 44}, showlegend=False,
@@ -2035,7 +2039,9 @@ def exclusion_lists(
             continue
         hover = [_list_hover(p, axes) for p in here]
         true = {"x": [p.price for p in here], "y": [p.figure for p in here]}
+        missed = [goal is not None and _misses(p, goal, sign) for p in here]
         marker = {
+            "symbol": ["x" if each else "circle" for each in missed],
             "size": [11 if p.key in (selected, chosen) else 8 if which else 6 for p in here],
             "color": _fade(colors.quantized, 0.95 if which else 0.35),
             "line": {
@@ -2070,8 +2076,19 @@ def exclusion_lists(
     return figure
 
 
+def _misses(point: ListPoint, goal: float, sign: float) -> bool:
+    """Whether a list's real file misses what it reaches simulated."""
+    if point.deployed is None or not sign * point.figure >= sign * goal:
+        return False
+    return not sign * point.deployed >= sign * goal
+
+
+def _count_text(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def _nodes_text(count: int) -> str:
-    return f"{count:,} node" + ("" if count == 1 else "s")
+    return _count_text(count, "node")
 
 
 def _lists_title(
@@ -2086,7 +2103,7 @@ def _lists_title(
     best = finite[-1] if finite else points[front[-1]]
     mine = next((p for p in points if p.key == chosen), best)
     sign = 1.0 if axes.higher_is_better else -1.0
-    told = f"{axes.text(mine.figure)} with {_nodes_text(mine.nodes)} in float"
+    told = f"{axes.metric} {axes.text(mine.figure)} with {_nodes_text(mine.nodes)} in float"
     told += f" ({_price(mine.price)} {axes.price_unit})"
     if goal is not None and not sign * mine.figure >= sign * goal:
         return f"No list tried reaches {axes.text(goal)}; the best gives {told}"
@@ -2100,7 +2117,7 @@ def _price(value: float) -> str:
 def _list_hover(point: ListPoint, axes: ListAxes) -> str:
     lines = [f"<b>{_nodes_text(point.nodes)} in float</b>", axes.text(point.figure)]
     lines.append(f"{_price(point.price)} {axes.price_unit}")
-    return "<br>".join([*lines, *([_escape(point.note)] if point.note else [])])
+    return "<br>".join([*lines, *map(_escape, point.notes)])
 
 
 # --- the lab: one tensor under another range or scheme -------------------------------------------

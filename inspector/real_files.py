@@ -144,7 +144,7 @@ def cures_for(
         if config.format == "qdq" and config.activation_type in ("int8", "uint8"):
             wide = "int16" if config.activation_type == "int8" else "uint16"
             held = {each.tensor for each in config.overrides}
-            for tensor in [t for t in worst_tensors if t not in held][:1]:
+            for tensor in [t for t in worst_tensors if t not in held][:3]:
                 override = parse_override(f"{tensor}={wide}")
                 label = f"{tensor} in {wide}"
                 found.append((label, replace(config, overrides=(*config.overrides, override))))

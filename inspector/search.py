@@ -46,6 +46,8 @@ _DEPLOYED_ROUNDS = 8
 # SQNR that a list has to gain where the goal itself cannot be raised by what was lost.
 _RAISED_DB = 0.5
 _WORST_TENSORS = 5
+# A list so short is one of culprits.
+_FEW_NODES = 2
 # Share of what all nodes in float would gain that a list is to have where that is not enough.
 _NEARLY = 0.9
 
@@ -143,6 +145,8 @@ class _Search:
         # SQNR in dB that a list needs beside the goal, see `_accepted`.
         self.least_db = -math.inf
         self.model: NoiseModel | None = None
+        # The nodes by the noise that each makes alone, the least first.
+        self.ranked: list[str] = []
         self.best: frozenset[str] | None = None
         self.notes: list[str] = []
 
@@ -305,7 +309,7 @@ class _Search:
         except KeyboardInterrupt:
             ended = "stopped"
         if found is None:
-            found, reached = self._so_far()
+            found, reached = self._so_far(ended)
         return self._result(found, reached, ended)
 
     def _searched(self) -> tuple[frozenset[str] | None, bool]:
@@ -332,11 +336,33 @@ class _Search:
         for _ in range(_DEPLOYED_ROUNDS if self.accept is not None else 1):
             found = self._smallest()
             if found is None:
-                return None, False
+                break
             if self._accepted(found):
-                return found, True
+                shorter = self._passing(found) if self._counts else None
+                return shorter or found, True
             self._raise(found)
-        return None, False
+        found = self._passing(self.every)
+        if found is None:
+            self._longest()
+        return found, False
+
+    def _passing(self, than: frozenset[str]) -> frozenset[str] | None:
+        """A shorter list that reaches the goal simulated and, of the next few, deployed."""
+        if self.accept is None:
+            return None
+        passing = [n for n in self.figures if len(n) < len(than) and n not in self.deployed]
+        passing = [n for n in passing if self.goal.reached(self._known(n)) and self._affordable(n)]
+        for names in sorted(passing, key=self._order)[:_DEPLOYED_ROUNDS]:
+            if self._accepted(names):
+                return names
+        return None
+
+    def _longest(self) -> None:
+        """Measures the longest list, which shows how far one gets."""
+        longest = [self.every - {n} for n in self.ranked[:1] if len(self.nodes) > 1]
+        for names in longest:
+            if self._affordable(names):
+                self._on_all(names)
 
     def _reached_by_float(self) -> bool:
         """Whether the goal is reached where nothing is quantized."""
@@ -359,6 +385,7 @@ class _Search:
             name: MOST_NOISE if trial is None else self._noise(trial, self.few)
             for name, trial in zip(self.nodes, found, strict=True)
         }
+        self.ranked = sorted(self.nodes, key=alone.__getitem__)
         source = self.trials.source
         least = source.places(self.every)
         every = self._price(self.every)
@@ -591,7 +618,7 @@ class _Search:
 
     # -- what there is ---------------------------------------------------------------------
 
-    def _so_far(self) -> tuple[frozenset[str], bool]:
+    def _so_far(self, ended: str) -> tuple[frozenset[str], bool]:
         """The best list of what was measured, and whether it reaches the goal."""
         accepted = [n for n, figure in self.deployed.items() if self.goal.reached(figure)]
         if accepted:
@@ -610,24 +637,42 @@ class _Search:
                 pass
         best = min(
             payable or [frozenset()],
-            key=lambda n: (-self.goal.worth(self.deployed.get(n, self._known(n))), self._order(n)),
+            key=lambda n: (-self._worth(n), self._order(n)),
         )
-        return best, False
+        # A list that gains nothing is none.
+        nothing: frozenset[str] = frozenset()
+        if not ended:
+            self._accepted(best)
+        return (best if self._worth(best) > self._worth(nothing) else nothing), False
 
-    def _worst_tensors(self) -> tuple[str, ...]:
-        """Activations that an override can be given, the noisiest first."""
+    def _worth(self, names: frozenset[str]) -> float:
+        """A list's figure, deployed where that is known, so that higher is better."""
+        return self.goal.worth(self.deployed.get(names, self._known(names)))
+
+    def _worst_tensors(self, found: frozenset[str]) -> tuple[str, ...]:
+        """Activations that an override can be given: of a short list's nodes, then the noisiest."""
         if self.model is None or not isinstance(self.trials.source, RecipeSource):
             return ()
         source = self.trials.source
         able = source.board.whole.activations
-        found = (source.carriers.get(t, t) for t in self.model.worst_tensors() if t in able)
-        return tuple(dict.fromkeys(found))[:_WORST_TENSORS]
+        least = source.places(self.every)
+        own = [
+            t
+            for n in sorted(found if len(found) <= _FEW_NODES else ())
+            for t in sorted(source.places(self.every - {n}) - least)
+        ]
+        wanted = (
+            source.carriers.get(t, t) for t in (*own, *self.model.worst_tensors()) if t in able
+        )
+        return tuple(dict.fromkeys(wanted))[:_WORST_TENSORS]
 
     def _result(self, found: frozenset[str], reached: bool, ended: str) -> SearchResult:
         order = {name: at for at, name in enumerate(self.nodes)}
         nothing: frozenset[str] = frozenset()
         if self.accept is not None and found not in self.deployed and not ended:
             self._accepted(found)
+        if found in self.deployed:
+            reached = self.goal.reached(self.deployed[found]) and self._affordable(found)
         own, whole_model = self._price(found), self._price(nothing)
         everything = self._price(self.every)
         trials = []
@@ -642,6 +687,7 @@ class _Search:
                         figure=figure,
                         float_macs_fraction=price.float_macs_fraction,
                         weight_bytes=price.weight_bytes,
+                        deployed=self.deployed.get(names),
                     )
                 )
         trials.sort(key=lambda t: (len(t.nodes), t.nodes))
@@ -673,6 +719,6 @@ class _Search:
             knee=None if knee is None else front[knee],
             ended=ended,
             most_float_macs=self.max_float_macs,
-            worst_tensors=self._worst_tensors(),
+            worst_tensors=self._worst_tensors(found),
             notes=tuple(dict.fromkeys((*self.trials.notes, *self.notes))),
         )

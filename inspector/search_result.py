@@ -75,6 +75,7 @@ class SearchTrial:
         figure: of the goal's metric, simulated.
         float_macs_fraction: share of the multiply-accumulates in float; nan where there are none.
         weight_bytes: of all weights as they would be stored.
+        deployed: the same of its real file; None where that was not made.
         front: no cheaper list has as good a figure.
     """
 
@@ -82,6 +83,7 @@ class SearchTrial:
     figure: float
     float_macs_fraction: float
     weight_bytes: int
+    deployed: float | None = None
     front: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class SearchTrial:
         return {
             "nodes": list(self.nodes),
             "metric": self.figure,
+            "deployed": self.deployed,
             "float_macs_fraction": self.float_macs_fraction,
             "weight_bytes": self.weight_bytes,
             "front": self.front,

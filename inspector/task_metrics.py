@@ -475,6 +475,11 @@ def comparable_outputs(model: Model) -> tuple[str, ...]:
     return tuple(o.name for o in model.outputs if o.dtype in (*FLOAT_DTYPES, "unknown"))
 
 
+_SHARES = frozenset(
+    {"top1", "top5", "agreement", "argmax", "detection_f1", "mean_iou", "neighbour_overlap"}
+)
+
+
 def metric_choices(outputs: Sequence[str], *, most: int = 4) -> dict[str, str]:
     """Texts to choose from, with what each says; those that need a file of their own are left out.
 
@@ -508,6 +513,14 @@ def split_target(text: str) -> tuple[str, float]:
         raise FeedError(
             f"{text!r} names no metric and number",
             hint="Write METRIC=VALUE, e.g. detection_f1=0.9.",
+        )
+    name = re.split(r"[:@]", metric.strip(), maxsplit=1)[0]
+    if name in _SHARES and not 0 <= number <= 1:
+        raise FeedError(
+            f"{text}: {name} is a share from 0 to 1, never {number:g}",
+            hint=f"Write {metric.strip()}={number / 100:g} for {number:g} %."
+            if 2 <= number <= 100
+            else "Write a share from 0 to 1.",
         )
     return metric.strip(), number
 

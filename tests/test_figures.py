@@ -1218,7 +1218,9 @@ def test_lists_that_no_cheaper_one_beats_are_joined_and_the_others_pale() -> Non
     figure = figures.exclusion_lists(points, AXES, goal=20.0, chosen="c", selected="a")
     assert list(marks_of(figure, "front").customdata) == ["-", "a", "c"]
     assert list(marks_of(figure, "beaten").customdata) == ["b"]
-    assert figure.layout.title.text.startswith("24.0 dB with 20 nodes in float (60 % of MACs)")
+    assert figure.layout.title.text.startswith(
+        "output SQNR 24.0 dB with 20 nodes in float (60 % of MACs)"
+    )
     said = [a.text for a in figure.layout.annotations]
     assert {"goal 20.0 dB", "none in float", "proposed, 20 nodes", "knee, 2 nodes"} <= set(said)
     rims = dict(
@@ -1234,7 +1236,9 @@ def test_a_goal_that_no_list_reaches_is_said_with_the_best_so_far() -> None:
         AXES,
         goal=25.0,
     )
-    assert figure.layout.title.text.startswith("No list tried reaches 25.0 dB; the best gives 19.0")
+    assert figure.layout.title.text.startswith(
+        "No list tried reaches 25.0 dB; the best gives output SQNR 19.0"
+    )
 
 
 def test_a_lower_figure_is_better_where_the_metric_says_so() -> None:
@@ -1242,7 +1246,7 @@ def test_a_lower_figure_is_better_where_the_metric_says_so() -> None:
     points = lists(("-", 0, 0.5, 0.0), ("a", 2, 0.1, 1.0), ("b", 3, 0.3, 2.0))
     figure = figures.exclusion_lists(points, axes, goal=0.2, chosen="a")
     assert list(marks_of(figure, "front").customdata) == ["-", "a"]
-    assert figure.layout.title.text.startswith("0.1 with 2 nodes")
+    assert figure.layout.title.text.startswith("top1_drop 0.1 with 2 nodes")
 
 
 def test_lists_whose_figure_is_not_finite_keep_it_for_the_download() -> None:

@@ -548,3 +548,18 @@ def test_a_short_list_is_found_where_a_counted_figure_jumps(tmp_path: Path) -> N
     )  # fmt: skip
     assert result.reached
     assert len(result.nodes) <= 20
+
+
+def test_a_goal_out_of_reach_proposes_what_gains_most_or_nothing(tmp_path: Path) -> None:
+    planted = Planted(branches([40, 25, 60, 30]), tmp_path)
+    trials = planted.trials()
+
+    def capped(names: frozenset[str]) -> float:
+        return min(trials.figure(trials.measure(Request(exclude=names))), 30.0)
+
+    high = planted.search(200, trials, accept=capped)
+    assert not high.reached
+    assert len(high.nodes) == 3, "all but one"
+    flat = planted.search(200, planted.trials(), accept=lambda names: 5.0)
+    assert not flat.reached
+    assert flat.nodes == (), "a list that gains nothing is none"

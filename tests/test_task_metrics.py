@@ -1079,3 +1079,10 @@ def test_a_text_says_which_direction_is_good_and_shows_hostile_names_safely() ->
     assert text.endswith("deployed 0.9 nats (lower is better)")
     assert format_figure(None, "") == "–"
     assert format_figure(math.nan, "") == format_figure(math.nan, "dB") == "NaN"
+
+
+@pytest.mark.parametrize("text", ["top1=95", "agreement=1.5", "detection_f1:a@yolov8=-0.1"])
+def test_a_share_beyond_0_to_1_is_refused_with_what_was_meant(text: str) -> None:
+    with pytest.raises(FeedError, match="is a share from 0 to 1") as found:
+        split_target(text)
+    assert ("top1=0.95 for 95 %" in found.value.hint) is (text == "top1=95")

@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from inspector import figures
-from inspector.render import format_count, read_number
+from inspector.render import format_count, read_number, shorten_name
 from inspector.web import session, style, tasks, widgets
 from inspector.web.session import Draft, View
 from inspector.web.words import md_text
@@ -18,6 +18,8 @@ _VIEW = "exclusions-view"
 _BUDGETS = {10: "10 s", 30: "30 s", 60: "1 min", 300: "5 min", 1200: "20 min", 0: "no limit"}
 _PRICES = {"macs": "MACs", "bytes": "Size", "ms": "≈ Latency"}
 _DEFAULT_GOAL_DB = 20.0
+# What may be asked of any model; one that does not fit is refused with the reason.
+_TASKS = ("agreement", "detection_f1", "mean_iou", "cosine", "argmax", "kl")
 
 Search = Mapping[str, Any]
 
@@ -116,7 +118,8 @@ def _metrics(view: View) -> list[str]:
     names = [o.name for o in view.comparison.outputs]
     own = [view.pair.options.metric] if view.pair.options.metric else []
     found = [*own, "output_sqnr_db", *(f"output_sqnr_db:{n}" for n in names if len(names) > 1)]
-    return [*found, *(["top1_drop", "agreement"] if view.comparison.task is not None else [])]
+    labelled = ["top1_drop"] if view.comparison.task is not None else []
+    return [*found, *labelled, *_TASKS]
 
 
 def _goal_text(metric: str, value: float, budget: int) -> str:
@@ -155,7 +158,7 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
         trials = [t for t in found.get("trials", ()) if t["metric"] is not None]
         keys = {_key(t["nodes"]): t for t in trials}
         axes = _axes(found, price)
-        marks = (_point(view, key, t, trials, price) for key, t in keys.items())
+        marks = (_point(view, key, t, trials, price, axes) for key, t in keys.items())
         points = [mark for mark in marks if mark is not None]
 
         def load(key: str) -> None:
@@ -221,7 +224,12 @@ def _axes(found: Search, price: str) -> figures.ListAxes:
 
 
 def _point(
-    view: View, key: str, trial: Mapping[str, Any], trials: Sequence[Any], price: str
+    view: View,
+    key: str,
+    trial: Mapping[str, Any],
+    trials: Sequence[Any],
+    price: str,
+    axes: figures.ListAxes,
 ) -> figures.ListPoint | None:
     share = read_number(trial["float_macs_fraction"])
     worth: float | None = 100 * share
@@ -231,8 +239,18 @@ def _point(
         worth = _milliseconds(view, share, trials)
     if worth is None or worth != worth:
         return None
+    names = [shorten_name(str(n), 40) for n in trial["nodes"]]
+    lines = [", ".join(names[:3]) + (", …" if len(names) > 3 else "")] if names else []
+    deployed = trial.get("deployed")
+    if deployed is not None:
+        lines.append(f"deployed {axes.text(read_number(deployed))}")
     return figures.ListPoint(
-        key=key, nodes=len(trial["nodes"]), figure=read_number(trial["metric"]), price=worth
+        key=key,
+        nodes=len(trial["nodes"]),
+        figure=read_number(trial["metric"]),
+        price=worth,
+        deployed=None if deployed is None else read_number(deployed),
+        notes=tuple(lines),
     )
 
 
@@ -255,7 +273,7 @@ def _said(found: Search) -> str:
         return "Feeds that did not calibrate judge the lists where there are any."
     if "seconds" not in found:
         return "Stopped; what was tried is kept, and the next search starts from there."
-    parts = [f"{format_count(found['evaluations'])} lists tried in {found['seconds']:.1f} s"]
+    parts = [f"{format_count(found['evaluations'])} lists run in {found['seconds']:.1f} s"]
     if found["ended"]:
         parts.append(md_text(found["ended"]))
     judged = found["goal"]["judged"]
