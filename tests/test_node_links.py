@@ -520,6 +520,7 @@ def test_every_node_of_a_dynamic_product_in_a_real_model_has_one_product(real: R
 # -- a run's graph ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_runs_graph_is_made_once_and_again_after_a_match_by_hand(tmp_path: Path) -> None:
     run_id = load_detector(tmp_path)
     made = workbench.graph_of_run(tmp_path, run_id=run_id)

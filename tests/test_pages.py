@@ -242,6 +242,7 @@ def test_two_tabs_keep_each_others_ticks(loaded: Workspace) -> None:
     assert session.draft(pair.id).nodes == ("a",)
 
 
+@pytest.mark.slow
 def test_all_like_this_ticks_the_op_type_of_the_last_tick(loaded: Workspace) -> None:
     test = app("exclusions")
     assert "1 node to leave in float" in words(test), "the shown run's own list"
@@ -264,6 +265,7 @@ def test_the_exclusions_page_shows_what_was_gained_and_what_to_take_along(
     assert "onnxruntime.quantization" in text
 
 
+@pytest.mark.slow
 def test_freeing_a_node_fully_shows_the_nodes_before_it_ticks_them(loaded: Workspace) -> None:
     test = app("exclusions")
     test.button(key="free-0").click().run()
@@ -307,6 +309,7 @@ def kept_grids(workspace: Workspace, run: str) -> list[dict[str, Any]]:
     return list(workspace.draft(workspace.current_pair() or "")["overrides"][run])
 
 
+@pytest.mark.slow
 def test_another_range_is_tried_and_kept_for_the_next_run(loaded: Workspace) -> None:
     run = last_run(loaded)
     test = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
@@ -327,6 +330,7 @@ def test_another_range_is_tried_and_kept_for_the_next_run(loaded: Workspace) -> 
     assert kept_grids(loaded, run) == []
 
 
+@pytest.mark.slow
 def test_a_scheme_that_no_recipe_can_have_is_not_offered_for_the_run(loaded: Workspace) -> None:
     run = last_run(loaded)
     test = lab(app("tensors", run=run, tensor="/head/Sigmoid_output_0"))
@@ -362,6 +366,7 @@ def test_requantizing_opens_the_new_run(loaded: Workspace) -> None:
     assert test.query_params["run"] == runs[-1].id
 
 
+@pytest.mark.slow
 def test_a_stopped_job_leaves_everything_as_it_was(loaded: Workspace) -> None:
     before = loaded.runs(loaded.current_pair() or "")
     test = app("exclusions")
@@ -777,6 +782,7 @@ def test_a_model_that_cannot_be_read_is_one_sentence_and_nothing_loaded_is_lost(
     assert not any(each.key == "dismiss" for each in test.button)
 
 
+@pytest.mark.slow
 def test_feeds_that_do_not_fit_are_said_before_anything_is_compared(
     loaded: Workspace, tmp_path: Path
 ) -> None:
@@ -968,6 +974,7 @@ def test_a_recipe_becomes_the_run(loaded: Workspace) -> None:
 # Time per node.
 
 
+@pytest.mark.slow
 def test_nodes_are_timed_on_request_and_join_the_table(loaded: Workspace) -> None:
     test = app("overview")
     assert not any("time" in each.value for each in test.dataframe)
@@ -1029,6 +1036,7 @@ def test_the_cause_map_is_measured_from_the_overview_and_then_shown(loaded: Work
     assert "measure-causes" in {each.key for each in other.button}
 
 
+@pytest.mark.slow
 def test_stopping_the_measurement_leaves_the_empty_map_with_its_button(loaded: Workspace) -> None:
     run = last_run(loaded)
     before = loaded.comparison(run)
@@ -1043,6 +1051,7 @@ def test_stopping_the_measurement_leaves_the_empty_map_with_its_button(loaded: W
     assert loaded.comparison(run) == before
 
 
+@pytest.mark.slow
 def test_a_tensors_page_tells_its_isolated_and_added_error(loaded: Workspace) -> None:
     run, tensor = last_run(loaded), "/head/Sigmoid_output_0"
     plain = app("tensors", run=run, tensor=tensor)
@@ -1094,6 +1103,7 @@ def test_a_link_to_a_node_opens_its_card_and_selects_its_tensor(loaded: Workspac
     assert format_db(record.accumulated_sqnr_db) in str([t.value for t in test.table])
 
 
+@pytest.mark.slow
 def test_the_next_worst_node_and_its_upstream_are_selected(loaded: Workspace) -> None:
     test = app("graph", run=last_run(loaded))
     wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
@@ -1105,6 +1115,7 @@ def test_the_next_worst_node_and_its_upstream_are_selected(loaded: Workspace) ->
     assert test.query_params["node"]
 
 
+@pytest.mark.slow
 def test_what_the_search_found_is_ticked_at_once_and_undone(loaded: Workspace) -> None:
     test = app("graph", run=last_run(loaded))
     wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
@@ -1153,6 +1164,7 @@ def test_the_list_is_written_for_another_tool(loaded: Workspace) -> None:
     assert "/head/Concat_3" in words(test)
 
 
+@pytest.mark.slow
 def test_a_link_to_what_is_not_there_says_so(loaded: Workspace) -> None:
     test = app("graph", run=last_run(loaded), node="nonsense", measure="nonsense", side="x")
     wait(test, lambda page: any(b.key == "graph-next" for b in page.button))
@@ -1160,6 +1172,7 @@ def test_a_link_to_what_is_not_there_says_so(loaded: Workspace) -> None:
     assert "There is no measure `nonsense`" in words(test)
 
 
+@pytest.mark.slow
 def test_a_link_colours_by_the_measure_it_names(loaded: Workspace) -> None:
     test = app("graph", run=last_run(loaded), measure="local")
     wait(test, lambda page: any(b.key == "graph-next" for b in page.button))

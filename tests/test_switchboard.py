@@ -100,10 +100,11 @@ def test_a_list_gives_the_bits_of_its_own_file(name: str, cache: Path) -> None:
         *("gtcrn", "squeezenet-fp16", "ultraface-rfb320", "minilm-l6"),
     ],
 )
-def test_a_hundred_lists_give_the_bits_of_their_own_files(name: str, cache: Path) -> None:
+def test_random_lists_give_the_bits_of_their_own_files(name: str, cache: Path) -> None:
     folder = MODELS / name
     parts = opened(folder / "model.onnx", QuantConfig(), cache, folder / "inputs")
-    count = 30 if name == "minilm-l6" else 100
+    # A hundred of each gave the same, once; thirty of minilm-l6.
+    count = 8 if name == "minilm-l6" else 25
     assert check(*parts, count=count) == count
 
 

@@ -192,6 +192,7 @@ def test_inputs_and_outputs_with_other_names_are_said_to_be_mapped_by_position(
     assert {w for w in pair.result.warnings if "by position" in w} == expected
 
 
+@pytest.mark.slow
 def test_every_matmul_weight_of_a_dynamically_quantized_network_is_matched(
     twin: Callable[[str, str], Twin],
 ) -> None:

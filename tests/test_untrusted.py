@@ -747,7 +747,7 @@ def test_whatever_a_small_pair_holds_it_is_compared_or_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deployed", [False, True])
-@settings(max_examples=700, deadline=None, database=None,
+@settings(max_examples=300, deadline=None, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(data=st.data())
 def test_whatever_a_pair_holds_it_is_compared_or_refused(

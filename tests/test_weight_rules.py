@@ -1095,7 +1095,13 @@ def real(name: str, quantized: str, samples: int | None) -> Case:
 
 @needs_models
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in REAL]
+    "name",
+    # A body of silero-vad-16k reads behind a Relu that was folded away: a problem that is true.
+    [
+        n if n in QUICK else pytest.param(n, marks=pytest.mark.slow)
+        for n in REAL
+        if n != "silero-vad-16k"
+    ],
 )
 def test_a_healthy_real_pair_has_no_problem(name: str) -> None:
     given = real(name, *REAL[name])

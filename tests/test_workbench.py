@@ -742,6 +742,7 @@ def measured(network: str) -> Comparison:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_models
 def test_measured_errors_of_a_healthy_network_accuse_no_carrier() -> None:
     result = measured("ultraface-rfb320")
