@@ -34,7 +34,7 @@ from inspector.rewrite import switchable
 from inspector.runtime import Feed, Progress, no_progress, open_session
 from inspector.states import Carried, States
 from inspector.switchboard import Switchboard
-from inspector.task_metrics import MetricWatch, TaskMetric
+from inspector.task_metrics import MetricWatch, Parts, TaskMetric, whole
 from inspector.watches import OutputWatch, TaskWatch, TensorWatch
 
 # Of feeds that are held in memory from preview to preview.
@@ -465,6 +465,69 @@ class SurgerySource:
             self._layouts.fit(name, shapes[name], found[other].shape)
 
 
+class FloatRuns:
+    """The float model's outputs of every sample, with as many of the feeds as memory holds.
+
+    Args:
+        float_model: the user's float model.
+        feeds: at least one.
+        mask: the input that marks padding; "" for none.
+        states: (output, input) pairs that carry over from sample to sample.
+        progress: told the sample that the model runs on.
+
+    Attributes:
+        outputs: by sample, in order.
+        output_names: of the model, in order.
+        padding: which positions to leave out; None for none.
+
+    Raises:
+        RunError: the runtime refuses the model or a feed.
+    """
+
+    def __init__(
+        self,
+        float_model: Model,
+        feeds: Feeds,
+        *,
+        mask: str = "",
+        states: States = (),
+        progress: Progress = no_progress,
+    ) -> None:
+        session = open_session(float_model, optimized=False)
+        self.output_names = session.output_names
+        self.outputs: list[Outputs] = []
+        self._feeds = feeds
+        # Read from disk again where they are too many to be held.
+        self._held: dict[int, Feed] = {}
+        size = 0
+        carried = Carried(tuple(states))
+        for at, feed in enumerate(feeds):
+            progress(at / len(feeds), f"float model: sample {at + 1} of {len(feeds)}")
+            found = session.run(carried.into(feed, feeds.names[at]), sample=feeds.names[at])
+            carried.keep(found)
+            self.outputs.append(found)
+            size += sum(value.nbytes for value in feed.values())
+            if size <= HELD_BYTES:
+                self._held[at] = feed
+        self.padding: Padding | None = None
+        if mask:
+            self.padding = Padding(float_model, mask)
+            self._masks = [self.padding.mask_of(f, feeds.names[at]) for at, f in enumerate(feeds)]
+            for at in self.padding.telling(self._masks):
+                self.padding.learn(self._masks[at], self.outputs[at])
+
+    def feed(self, at: int) -> Feed:
+        """A sample's inputs."""
+        return self._held[at] if at in self._held else self._feeds[at]
+
+    def parts(self, at: int) -> Parts:
+        """What of an output counts in a sample, until this is asked for another one."""
+        if self.padding is None:
+            return whole
+        self.padding.use(self._masks[at])
+        return self.padding.parts
+
+
 class Previewer:
     """Previews of one model on some feeds.
 
@@ -498,35 +561,15 @@ class Previewer:
         self.feeds = feeds
         self._metrics = tuple(metrics)
         self._float_model = float_model
-        session = open_session(float_model, optimized=False)
-        self._reference: list[Outputs] = []
-        # Read from disk at every preview where they are too many to be held.
-        self._held: list[Feed] = []
-        size = 0
-        carried = Carried(tuple(states))
-        for at, feed in enumerate(feeds):
-            progress(at / len(feeds), f"float model: sample {at + 1} of {len(feeds)}")
-            found = session.run(carried.into(feed, feeds.names[at]), sample=feeds.names[at])
-            carried.keep(found)
-            self._reference.append(found)
-            size += sum(value.nbytes for value in feed.values())
-            if size <= HELD_BYTES:
-                self._held.append(feed)
+        self._float = FloatRuns(float_model, feeds, mask=mask, states=states, progress=progress)
         self._names = [
             n
-            for n in session.output_names
+            for n in self._float.output_names
             if n in source.output_names
-            and all(values[n].dtype.kind == "f" for values in self._reference)
+            and all(values[n].dtype.kind == "f" for values in self._float.outputs)
         ]
         if isinstance(source, SurgerySource):
-            source.fit({n: v.shape for n, v in self._reference[0].items()}, feeds[0])
-        self._padding: Padding | None = None
-        if mask:
-            self._padding = Padding(float_model, mask)
-            masks = [self._padding.mask_of(f, feeds.names[at]) for at, f in enumerate(feeds)]
-            for at in self._padding.telling(masks):
-                self._padding.learn(masks[at], self._reference[at])
-            self._masks = masks
+            source.fit({n: v.shape for n, v in self._float.outputs[0].items()}, feeds[0])
 
     def preview(
         self,
@@ -549,24 +592,22 @@ class Previewer:
         begin = time.perf_counter()
         change = self.source.change(exclude, overrides)
         run = self.source.runner(exclude, overrides)
+        padding = self._float.padding
         parts = {n: self._watch(n) for n in self._names}
-        watches = {n: OutputWatch(n, part, None, self._padding) for n, part in parts.items()}
+        watches = {n: OutputWatch(n, part, None, padding) for n, part in parts.items()}
         task = TaskWatch(self.feeds.labels) if self.feeds.labels else None
-        metrics = [MetricWatch(metric, self._padding) for metric in self._metrics]
-        held = self._held if len(self._held) == len(self.feeds) else self.feeds
-        for at, feed in enumerate(held):
-            name = self.feeds.names[at]
+        metrics = [MetricWatch(metric, padding) for metric in self._metrics]
+        for at, name in enumerate(self.feeds.names):
             progress(at / len(self.feeds), f"preview: sample {at + 1} of {len(self.feeds)}")
-            found = run(feed, name)
-            if self._padding is not None:
-                self._padding.use(self._masks[at])
-            reference = self._reference[at]
+            found = run(self._float.feed(at), name)
+            self._float.parts(at)  # the padding is this sample's from here on
+            reference = self._float.outputs[at]
             for output, watch in watches.items():
                 parts[output].add(reference[output], None, found[output], reference)
                 watch.add(reference[output], found[output], None, None)
             if task is not None:
                 task.add(self.feeds.rows[at], reference, found)
-            mask = None if self._padding is None else self._padding.mask
+            mask = None if padding is None else padding.mask
             for metric in metrics:
                 metric.add(at, reference, {n: found[n] for n in self._names}, {}, {}, mask)
         fields = {name: getattr(change, name) for name in Change.__dataclass_fields__}
@@ -591,7 +632,7 @@ class Previewer:
             matched_by="name",
             note="",
         )
-        return TensorWatch(pair, self._float_model, self._padding)
+        return TensorWatch(pair, self._float_model, self._float.padding)
 
 
 def part_of_plan(plan: Plan, part: str) -> Plan:

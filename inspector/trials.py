@@ -33,23 +33,20 @@ from inspector.matching import match_tensors
 from inspector.model import FLOAT_DTYPES, Model
 from inspector.model_files import load_model
 from inspector.output_metrics import Guided, guided, prepared
-from inspector.padding import Padding
 from inspector.prepare import prepare
-from inspector.preview import HELD_BYTES, Outputs, RecipeSource, Source, SurgerySource
+from inspector.preview import FloatRuns, Outputs, RecipeSource, Source, SurgerySource
 from inspector.quantize import quantize_model
 from inspector.quantizer import UnplannableError
 from inspector.recipe import QuantConfig, check_overrides
 from inspector.runtime import (
-    Feed,
     Progress,
     chosen_threads,
     no_progress,
-    open_session,
     part_of,
     runtime_version,
 )
-from inspector.states import Carried, States
-from inspector.task_metrics import Parts, TaskMetric, parse_metric, whole
+from inspector.states import States
+from inspector.task_metrics import TaskMetric, parse_metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,39 +187,13 @@ class Trials:
         self.evaluations = self.runs = 0
         self.elsewhere: Elsewhere | None = None
         self._states = tuple(states)
-        session = open_session(float_model, optimized=False)
-        carried = Carried(self._states)
-        self._reference: list[Outputs] = []
-        # Read from disk again where they are too many to be held.
-        self._held: dict[int, Feed] = {}
-        size = 0
-        for at, feed in enumerate(feeds):
-            progress(at / len(feeds), f"float model: sample {at + 1} of {len(feeds)}")
-            found = session.run(carried.into(feed, feeds.names[at]), sample=feeds.names[at])
-            carried.keep(found)
-            self._reference.append(found)
-            size += sum(value.nbytes for value in feed.values())
-            if size <= HELD_BYTES:
-                self._held[at] = feed
+        self._float = FloatRuns(float_model, feeds, mask=mask, states=states, progress=progress)
         if isinstance(source, SurgerySource):
-            source.fit({n: v.shape for n, v in self._reference[0].items()}, feeds[0])
-        self._padding: Padding | None = None
-        if mask:
-            self._padding = Padding(float_model, mask)
-            self._masks = [self._padding.mask_of(f, feeds.names[at]) for at, f in enumerate(feeds)]
-            for at in self._padding.telling(self._masks):
-                self._padding.learn(self._masks[at], self._reference[at])
-        found_of = enumerate(self._reference)
-        self.metric = prepared(metric, ((found, self._parts(at)) for at, found in found_of))
+            source.fit({n: v.shape for n, v in self._float.outputs[0].items()}, feeds[0])
+        found_of = enumerate(self._float.outputs)
+        self.metric = prepared(metric, ((found, self._float.parts(at)) for at, found in found_of))
         self._kept: dict[Request, dict[int, NDArray[np.float64]]] = {}
         self._file = None if folder is None else _opened(folder, key, self._kept)
-
-    def _parts(self, at: int) -> Parts:
-        """What of an output counts in a sample, until this is asked for another one."""
-        if self._padding is None:
-            return whole
-        self._padding.use(self._masks[at])
-        return self._padding.parts
 
     @property
     def every(self) -> tuple[int, ...]:
@@ -262,8 +233,7 @@ class Trials:
             fresh: dict[int, NDArray[np.float64]] = {}
 
             def outputs(at: int) -> Outputs:
-                feed = self._held[at] if at in self._held else self.feeds[at]
-                return run(feed, self.feeds.names[at])
+                return run(self._float.feed(at), self.feeds.names[at])
 
             # Carried states come from the sample before.
             threads = 1 if self._states else chosen_threads() or _THREADS
@@ -271,7 +241,7 @@ class Trials:
                 for place, at in enumerate(missing):
                     progress(place / len(missing), f"sample {place + 1} of {len(missing)}")
                     found = next(results)
-                    reference, parts = self._reference[at], self._parts(at)
+                    reference, parts = self._float.outputs[at], self._float.parts(at)
                     fresh[at] = self.metric.sums(at, reference, found, parts)
             self._keep(request, fresh)
         return Trial(request=request, sums=dict(self._kept[request]))
