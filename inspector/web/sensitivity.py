@@ -11,7 +11,7 @@ from inspector.store import SENSITIVITY_KEY, made_by_surgery
 from inspector.web import session, tasks, widgets
 from inspector.web.session import View
 
-_ASKED = "measuring-sensitivity"
+_PURPOSE = "sensitivity"
 
 
 def found(view: View) -> Mapping[str, Any] | None:
@@ -25,11 +25,6 @@ def can_be_measured(view: View) -> bool:
     return not of_a_file and view.run.recipe.get("format") == "qdq"
 
 
-def _ask(run_id: str) -> None:
-    session.forget(("sensitivity", run_id))
-    st.session_state[_ASKED] = run_id
-
-
 def offer(view: View, known: Mapping[str, Any] | None) -> None:
     """The button that has every node measured alone; nothing once it was, or where it cannot be."""
     if known is not None or not can_be_measured(view):
@@ -38,9 +33,9 @@ def offer(view: View, known: Mapping[str, Any] | None) -> None:
         "Sensitivity",
         key="measure-sensitivity",
         icon=":material/troubleshoot:",
-        disabled=st.session_state.get(_ASKED) == view.run.id,
-        on_click=_ask,
-        args=(view.run.id,),
+        disabled=widgets.is_asked(_PURPOSE, view.run.id),
+        on_click=widgets.ask_for,
+        args=(_PURPOSE, view.run.id),
         help="Quantizes each node alone with this run's recipe and measures the outputs: first on "
         "few samples, then on all for the most sensitive. What is stopped goes on where it was.",
     )
@@ -48,23 +43,10 @@ def offer(view: View, known: Mapping[str, Any] | None) -> None:
 
 def answer(view: View, known: Mapping[str, Any] | None) -> None:
     """Waits for what was asked for, or says why there is none."""
-    if known is not None or st.session_state.get(_ASKED) != view.run.id:
-        return
-    told = session.ask(
-        ("sensitivity", view.run.id),
-        tasks.measure_run,
-        session.root(),
-        run_id=view.run.id,
-        title="Measuring each node alone",
-    )
-    if told.job is not None:
-        widgets.waiting(told.job, height=58, key="sensitivity")
-        return
-    del st.session_state[_ASKED]
-    if told.error is not None:
-        widgets.error(told.error)
-    else:
-        st.rerun()
+    if known is None:
+        widgets.answer_to(
+            _PURPOSE, view.run.id, tasks.measure_run, title="Measuring each node alone"
+        )
 
 
 def notes(known: Mapping[str, Any] | None) -> None:

@@ -11,17 +11,12 @@ from inspector.store import PROFILE_KEY
 from inspector.web import session, tasks, widgets
 from inspector.web.session import View
 
-_ASKED = "profiling"
+_PURPOSE = "profile"
 
 
 def profile(view: View) -> Mapping[str, Any] | None:
     """The times of the shown run's nodes; None where they were not measured."""
     return session.workspace().detail(view.run.id, PROFILE_KEY)
-
-
-def _ask(run_id: str) -> None:
-    session.forget(("profile", run_id))
-    st.session_state[_ASKED] = run_id
 
 
 def offer(view: View, found: Mapping[str, Any] | None) -> None:
@@ -32,9 +27,9 @@ def offer(view: View, found: Mapping[str, Any] | None) -> None:
         "Time",
         key="time-nodes",
         icon=":material/timer:",
-        disabled=st.session_state.get(_ASKED) == view.run.id,
-        on_click=_ask,
-        args=(view.run.id,),
+        disabled=widgets.is_asked(_PURPOSE, view.run.id),
+        on_click=widgets.ask_for,
+        args=(_PURPOSE, view.run.id),
         help="Measures with ONNX Runtime's profiler what each tensor takes in both models, and "
         "adds it to the table.",
     )
@@ -42,20 +37,5 @@ def offer(view: View, found: Mapping[str, Any] | None) -> None:
 
 def answer(view: View, found: Mapping[str, Any] | None) -> None:
     """Waits for the times that were asked for, or says why there are none."""
-    if found is not None or st.session_state.get(_ASKED) != view.run.id:
-        return
-    told = session.ask(
-        ("profile", view.run.id),
-        tasks.profile_run,
-        session.root(),
-        run_id=view.run.id,
-        title="Timing every node",
-    )
-    if told.job is not None:
-        widgets.waiting(told.job, height=58, key="profile")
-        return
-    del st.session_state[_ASKED]
-    if told.error is not None:
-        widgets.error(told.error)
-    else:
-        st.rerun()
+    if found is None:
+        widgets.answer_to(_PURPOSE, view.run.id, tasks.profile_run, title="Timing every node")

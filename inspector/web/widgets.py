@@ -118,6 +118,39 @@ def waiting(job: JobStatus, *, height: int, key: str) -> None:
         poll()
 
 
+def ask_for(purpose: str, run_id: str) -> None:
+    """Has `answer_to` put the question of this purpose for a run, also where it failed before."""
+    session.forget((purpose, run_id))
+    st.session_state[f"asked-{purpose}"] = run_id
+
+
+def is_asked(purpose: str, run_id: str) -> bool:
+    """Whether `ask_for` was called and there is no answer yet."""
+    return bool(st.session_state.get(f"asked-{purpose}") == run_id)
+
+
+def answer_to(purpose: str, run_id: str, function: Callable[..., Any], *, title: str) -> None:
+    """Waits for what was asked for and runs the page again, or says why there is none.
+
+    Args:
+        purpose: as `ask_for` was given it.
+        run_id: likewise.
+        function: of `tasks`; keeps its result in the store.
+        title: of the job.
+    """
+    if not is_asked(purpose, run_id):
+        return
+    told = session.ask((purpose, run_id), function, session.root(), run_id=run_id, title=title)
+    if told.job is not None:
+        waiting(told.job, height=58, key=purpose)
+        return
+    del st.session_state[f"asked-{purpose}"]
+    if told.error is not None:
+        error(told.error)
+    else:
+        st.rerun()
+
+
 def poll(job: JobStatus) -> None:
     """Runs the page again once a job has ended; takes no room."""
 
