@@ -213,6 +213,11 @@ _FEEDS = _options(
     ),
 )
 
+_CALIBRATION = click.option(
+    "--calibration",
+    metavar="PATH",
+    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
+)
 _RECIPE = _options(
     click.option("--recipe", metavar="FILE", help="Options from JSON or a quantized model."),
     click.option(
@@ -851,11 +856,7 @@ def _measured(comparison: Comparison | None) -> dict[str, Any] | None:
 @click.argument("float_model", metavar="FLOAT")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The quantized model to write.")
 @_FEEDS
-@click.option(
-    "--calibration",
-    metavar="PATH",
-    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
-)
+@_CALIBRATION
 @click.option(
     "--exclude",
     multiple=True,
@@ -973,11 +974,7 @@ def quantize(
 @cli.command()
 @click.argument("float_model", metavar="FLOAT")
 @_FEEDS
-@click.option(
-    "--calibration",
-    metavar="PATH",
-    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
-)
+@_CALIBRATION
 @click.option(
     "--recipe",
     metavar="FILE",
@@ -1371,11 +1368,7 @@ def diagnose(
 @cli.command()
 @click.argument("float_model", metavar="FLOAT")
 @_FEEDS
-@click.option(
-    "--calibration",
-    metavar="PATH",
-    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
-)
+@_CALIBRATION
 @click.option(
     "--quantized", metavar="FILE", help="Free nodes in this finished file; no recipe is used."
 )
@@ -1543,11 +1536,7 @@ def _trials_folder(states: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]
 )
 @click.option("-o", "--output", required=True, metavar="FILE", help="The exclusion list to write.")
 @_FEEDS
-@click.option(
-    "--calibration",
-    metavar="PATH",
-    help="Feeds the ranges come from; default the first half of --inputs, at most 100.",
-)
+@_CALIBRATION
 @click.option(
     "--max-float-macs",
     type=click.FloatRange(0, 1),
