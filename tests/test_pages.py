@@ -96,12 +96,15 @@ def app(page: str = "", **query: str) -> AppTest:
 
 
 def toasts_until(test: AppTest, until: Callable[[AppTest], bool]) -> list[str]:
-    """What was said meanwhile: a toast stands in one run of the page, the rest in a later one."""
+    """What was said meanwhile: a toast stands in one run of the page, the rest in a later one.
+
+    What a job wrote may stand on the page a moment before the job has ended and is told.
+    """
     told: list[str] = []
 
     def reached(page: AppTest) -> bool:
         told.extend(each.value for each in page.toast if each.value not in told)
-        return until(page)
+        return until(page) and bool(told)
 
     wait(test, reached)
     return told
