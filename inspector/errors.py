@@ -7,7 +7,8 @@
     ├── CalibrationError   ranges that cannot be observed on these feeds
     ├── QuantizationError  the quantizer refused, or wrote a file that does not load
     ├── ExclusionError     an exclusion list that does not fit the model
-    └── ReportError        a result that cannot be written or read
+    ├── ReportError        a result that cannot be written or read
+    └── SettingError       a server's setting that cannot be used
 
 A message names the thing, what was found and what was expected. The hint is one imperative
 sentence that works when followed. Misuse by a caller stays ValueError or TypeError.
@@ -64,6 +65,10 @@ class ExclusionError(InspectorError):
 
 class ReportError(InspectorError):
     """A result that cannot be written or read."""
+
+
+class SettingError(InspectorError):
+    """A server's setting that cannot be used."""
 
 
 class Cancelled(Exception):

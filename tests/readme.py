@@ -1,4 +1,4 @@
-"""The generated parts of the README: the map of `inspector/` and the command line.
+"""The generated parts of the README: the map of `inspector/`, the command line, the settings.
 
 `python -m tests.readme` rewrites them; `test_house` fails where the README differs.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from inspector.cli import cli
+from inspector.hosting import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -45,7 +46,7 @@ ORDER = (
     *("trials", "sensitivity", "noise_model", "search_result", "search", "real_files", "cluster"),
     *("findings", "weight_rules", "activation_rules", "diagnosis"),
     *("figures", "render", "node_figures", "store", "details", "workbench", "live", "jobs"),
-    *("guard", "cli", "web"),
+    *("guard", "hosting", "cli", "web"),
 )
 
 
@@ -63,6 +64,11 @@ def purpose(name: str) -> str:
 def map_table() -> str:
     rows = [f"| `{name}` | {purpose(name)} |" for name in ORDER]
     return "\n".join(["| `inspector/` | what it is |", "|---|---|", *rows])
+
+
+def settings_table() -> str:
+    rows = [f"| `{name}` | {text} | {default} |" for name, text, default in SETTINGS]
+    return "\n".join(["| variable | what it is | default |", "|---|---|---|", *rows])
 
 
 def _option_cell(option: click.Option) -> str:
@@ -110,7 +116,8 @@ def with_generated_parts(readme: str) -> str:
     Raises:
         ValueError: a pair of markers is missing.
     """
-    for key, text in (("map", map_table()), ("cli", cli_text())):
+    parts = (("map", map_table()), ("cli", cli_text()), ("settings", settings_table()))
+    for key, text in parts:
         begin, end = f"<!-- {key}:begin -->\n", f"\n<!-- {key}:end -->"
         if readme.count(begin) != 1 or readme.count(end) != 1:
             raise ValueError(f"README.md needs one pair of markers {begin.strip()} {end.strip()}")
