@@ -151,6 +151,12 @@ class Worker:
 
     # What callers ask for.
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process runs."""
+        with self._changed:
+            return self._process is not None
+
     def start(self) -> None:
         """Starts the process now, so that it is warm when the first job comes."""
         with self._changed:
@@ -343,7 +349,7 @@ class Worker:
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                env={**_environment(), "PYTHONPATH": os.pathsep.join(paths)},
             )
         except OSError as error:
             refused = RunError(
@@ -419,6 +425,11 @@ class Worker:
                 _log.error("%s stopped on %s\n%s", job.title, what, trace)
                 error = _crashed(job.title, what)
             self._finish(job, "done" if error is None else "failed", result=result, error=error)
+
+
+def _environment() -> dict[str, str]:
+    """The environment without the web server's secrets: models are not to be trusted."""
+    return {name: value for name, value in os.environ.items() if "SECRET" not in name.upper()}
 
 
 def _address(function: Callable[..., Any]) -> tuple[str, str]:

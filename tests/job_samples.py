@@ -21,6 +21,10 @@ def process_id(*, progress: Progress) -> int:
     return os.getpid()
 
 
+def variables(*, progress: Progress) -> list[str]:
+    return sorted(os.environ)
+
+
 def add(left: Any, right: Any, *, progress: Progress) -> Any:
     return left + right
 

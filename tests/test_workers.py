@@ -1,0 +1,135 @@
+"""The workers of a server: kept for their workspace, ended when idle, never while they work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inspector.jobs import Worker
+from inspector.web.workers import FRESH_SECONDS, Workers
+from tests import job_samples
+
+ADA, BOB = Path("/data/ada"), Path("/data/bob")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def workers(clock: Clock) -> Iterator[Workers]:
+    found = Workers(Worker, clock)
+    yield found
+    found.close()
+
+
+def working(worker: Worker, number: int = 1) -> Worker:
+    """The worker, once its process has done something."""
+    assert worker.result(worker.submit(job_samples.add, number, 1), 60) == number + 1
+    assert worker.is_alive
+    return worker
+
+
+def test_a_workspace_keeps_its_worker_and_shares_it_with_nobody(workers: Workers) -> None:
+    mine = workers.get(ADA, "main")
+    assert workers.get(ADA, "main") is mine
+    assert workers.get(ADA, "live") is not mine
+    assert workers.get(BOB, "main") is not mine
+    assert not mine.is_alive, "its process starts with its first job"
+
+
+def test_a_worker_that_was_idle_too_long_is_ended_and_made_anew(
+    workers: Workers, clock: Clock
+) -> None:
+    old = working(workers.get(ADA, "main"))
+    clock.now = 99.0
+    assert workers.tidy(idle_seconds=100.0, most=9) == 0
+    clock.now = 100.0
+    assert workers.tidy(idle_seconds=100.0, most=9) == 1
+    assert not old.is_alive
+    assert working(workers.get(ADA, "main")) is not old
+
+
+def test_asking_for_a_worker_is_a_use(workers: Workers, clock: Clock) -> None:
+    mine = workers.get(ADA, "main")
+    clock.now = 99.0
+    workers.get(ADA, "main")
+    clock.now = 150.0
+    assert workers.tidy(idle_seconds=100.0, most=9) == 0
+    assert workers.get(ADA, "main") is mine
+
+
+def test_a_worker_with_an_unfinished_job_is_never_ended(
+    workers: Workers, clock: Clock, tmp_path: Path
+) -> None:
+    worker = workers.get(ADA, "main")
+    job = worker.submit(job_samples.step_until_cancelled, tmp_path / "begun")
+    clock.now = 1e6
+    assert workers.tidy(idle_seconds=1.0, most=1) == 0
+    assert worker.status(job).state in ("queued", "running")
+    worker.cancel(job)
+    worker.wait(job, 60)
+    clock.now = 2e6
+    assert workers.tidy(idle_seconds=1.0, most=1) == 1
+
+
+def test_of_too_many_workers_the_least_used_are_ended(workers: Workers, clock: Clock) -> None:
+    alive = []
+    for number in range(3):
+        clock.now = float(number)
+        alive.append(working(workers.get(ADA, f"role {number}"), number))
+    clock.now = 2.0 + FRESH_SECONDS - 0.1
+    assert workers.tidy(idle_seconds=1e6, most=1) == 2
+    assert [each.is_alive for each in alive] == [False, False, True]
+
+
+def test_workers_without_a_process_do_not_count(workers: Workers, clock: Clock) -> None:
+    for number in range(20):
+        workers.get(ADA, f"role {number}")
+    clock.now = 50.0
+    assert workers.tidy(idle_seconds=100.0, most=1) == 0
+
+
+def test_one_that_was_asked_for_just_now_is_left_to_its_asker(
+    workers: Workers, clock: Clock
+) -> None:
+    worker = working(workers.get(ADA, "main"))
+    working(workers.get(BOB, "main"))
+    clock.now = FRESH_SECONDS / 2
+    assert workers.tidy(idle_seconds=1.0, most=1) == 0
+    assert worker.is_alive
+
+
+def test_the_keeper_tidies_by_itself_until_all_are_closed() -> None:
+    workers = Workers(Worker)
+    mine = workers.get(ADA, "main")
+    workers.keep_tidy(idle_seconds=0.0, most=9, every_seconds=0.05)
+    workers.keep_tidy(idle_seconds=0.0, most=9, every_seconds=0.05)
+    names = [each.name for each in threading.enumerate()]
+    assert names.count("workers keeper") == 1
+    workers.close()
+    assert "workers keeper" not in [each.name for each in threading.enumerate()]
+    assert workers.get(ADA, "main") is not mine
+    workers.close()
+
+
+def test_a_job_does_not_see_the_secrets_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QUANT_INSPECTOR_PROXY_SECRET", "told-to-nobody-at-all")
+    monkeypatch.setenv("STREAMLIT_SERVER_COOKIE_SECRET", "told-to-nobody-at-all")
+    with Worker() as worker:
+        seen = worker.result(worker.submit(job_samples.variables), 60)
+    assert "PATH" in seen
+    assert not [name for name in seen if "SECRET" in name]
