@@ -40,18 +40,34 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def served(folder: Path, environment: Mapping[str, str], *options: str) -> Iterator[str]:
-    """The address of the folder's `app.py`, run by Streamlit until the block ends."""
-    port = free_port()
+def served(
+    folder: Path,
+    environment: Mapping[str, str],
+    *options: str,
+    port: int = 0,
+    base: str = "",
+    script: str = "app.py",
+) -> Iterator[str]:
+    """The address of the folder's `app.py`, run by Streamlit until the block ends.
+
+    Args:
+        folder: of the app.
+        environment: variables besides those of this process.
+        options: of `streamlit run`.
+        port: to listen on; a free one by default.
+        base: the path before every address, as "/tools".
+        script: that Streamlit is given, in the folder.
+    """
+    port = port or free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port),
-         "--server.headless", "true", *options],
+        [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port),
+         "--server.headless", "true", "--server.baseUrlPath", base, *options],
         cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}{base}"
     try:
         deadline = time.monotonic() + 60
         while True:
