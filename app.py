@@ -16,6 +16,7 @@ else:
     app = st.App(
         portal.__file__,
         routes=routes.served(),
+        middleware=portal.middleware(),
         lifespan=portal.lifespan,
         on_script_error=portal.on_script_error,
     )

@@ -6,6 +6,8 @@ from inspector.web import lists, parts, precision, session, widgets
 
 HEIGHT = 380
 
+session.guard()
+
 # get
 view = session.view()
 

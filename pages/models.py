@@ -5,6 +5,8 @@ import streamlit as st
 from inspector.errors import InspectorError
 from inspector.web import forms, parts, session, tasks, widgets
 
+session.guard()
+
 # get
 view = session.view()
 
@@ -16,6 +18,7 @@ if view is not None:
 elif session.active_jobs():
     widgets.nothing_loaded()
 else:
+    widgets.empty_context_bar()
     widgets.sentence("Load a float and a quantized model, or open a sample")
 
 # ask: a pair of one's own

@@ -21,6 +21,8 @@ from inspector.web import (
 
 PICTURE, MAP, TABLE = "depth", "causes", "tensors"
 
+session.guard()
+
 # get
 view = session.view()
 

@@ -4,6 +4,8 @@ import streamlit as st
 
 from inspector.web import recipes, session, widgets
 
+session.guard()
+
 # get
 view = session.view()
 

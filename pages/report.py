@@ -5,6 +5,8 @@ import streamlit as st
 from inspector.render import comparison_csv, comparison_json, dump_json, find_headline
 from inspector.web import basis, facts, graphs, session, tables, widgets
 
+session.guard()
+
 # get
 view = session.view()
 

@@ -17,6 +17,8 @@ from inspector.web import (
     words,
 )
 
+session.guard()
+
 # get
 view = session.view()
 

@@ -38,8 +38,8 @@ def client() -> Iterator[TestClient]:
 
 @pytest.fixture(autouse=True)
 def _empty_shelves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "_held", routes._Shelf())
-    monkeypatch.setattr(routes, "_places", routes._Shelf())
+    monkeypatch.setattr(routes, "_held", routes._Shelves())
+    monkeypatch.setattr(routes, "_places", routes._Shelves())
 
 
 # ------------------------------------------------------------------------------------ Netron's page

@@ -553,6 +553,30 @@ def _options_fields(found: Mapping[str, Any], padding: str) -> PairOptions:
     )
 
 
+def _check_uploaded(
+    float_path: Path | None,
+    quantized_path: Path | None,
+    inputs: FeedSource | None,
+    calibration: FeedSource | None,
+) -> None:
+    """Refuses what does not lie in the user's workspace, should a field ever let it through.
+
+    Raises:
+        ModelError: something else is named.
+    """
+    feeds = [each for each in (inputs, calibration) if each is not None and each.kind != "random"]
+    paths = [each for each in (float_path, quantized_path) if each is not None]
+    paths += [Path(each.path) for each in feeds]
+    own = session.root().resolve()
+    if any(not each.resolve().is_relative_to(own) for each in paths) or any(
+        each.kind == "path" for each in feeds
+    ):
+        raise ModelError(
+            "Something was named that was not uploaded",
+            hint="Upload the models and their inputs.",
+        )
+
+
 def load_form() -> Chosen:
     """What the user chose in the form for a pair of their own.
 
@@ -600,6 +624,8 @@ def load_form() -> Chosen:
     options = _options_form(float_path, inputs)
     if problem is not None:
         raise problem
+    if not session.is_local():
+        _check_uploaded(float_path, quantized_path, inputs, calibration)
     title = float_path.stem if float_path is not None else ""
     if title in ("model", "float") and float_path is not None and not _uploads("upload-float"):
         title = float_path.absolute().parent.name

@@ -7,6 +7,7 @@ it. Pages are given by absolute path: no folder `pages/` lies beside this script
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 
 import streamlit as st
 
-from inspector.errors import InspectorError
-from inspector.web import session, style, widgets, words
+from inspector.errors import InspectorError, SettingError
+from inspector.web import gate, identity, session, style, widgets, words
 
 PAGES_FOLDER = Path(__file__).resolve().parents[2] / "pages"
 # (address, title, icon); each shows the page file of its address.
@@ -32,10 +33,25 @@ PAGES = (
 _log = logging.getLogger("inspector.web")
 
 
+def middleware() -> list[Any]:
+    """The gate in front of the server.
+
+    Raises:
+        SystemExit: a setting cannot be used; what is wrong and what to do are two lines on standard
+            error, and nothing was answered yet.
+    """
+    try:
+        return gate.middleware(identity.checked_settings(), ["home", *(each[0] for each in PAGES)])
+    except SettingError as error:
+        print(f"Error: {error.message}.\nHint: {error.hint}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 @asynccontextmanager
 async def lifespan(_app: Any) -> AsyncIterator[None]:
-    """Starts the worker with the server and stops it with the server."""
-    session.start()
+    """Starts the local user's worker with the server, and stops every worker with it."""
+    if not identity.settings().is_portal:
+        session.start()
     yield
     session.close_workers()
 
@@ -119,13 +135,16 @@ def main() -> None:
     """Shows the page that the address asks for."""
     st.set_page_config(
         page_title="Quant Inspector",
-        page_icon=style.icon(),
+        # Streamlit keeps the picture as media, which nobody gets who has not signed in.
+        page_icon=style.icon() if identity.current_user() else None,
         layout="wide",
         initial_sidebar_state=200,
     )
     style.apply()
     pages = _pages()
+    # Before the sign-in as well: a page that is not known yet would be sought beside the script.
     current = st.navigation(list(pages.values()), position="hidden")
+    identity.require()
     widgets.register_pages(pages)
     session.start()
     loaded = session.settle()

@@ -3,8 +3,8 @@
 The browser fetches a graph and its figures once, by address, while a page sends only what changed
 with every rerun. Apart from the pages, because these answers are given outside of any script run.
 An address of held content, or of a place for a picture, carries a token that cannot be guessed and
-is what grants access: Streamlit's sign-in does not reach routes. Nothing is opened that was not
-handed to `offer` or `accept`, except the files of the installed Netron package on a fixed list.
+is good for the user alone whose page asked for it. Nothing is opened that was not handed to `offer`
+or `accept`, except the files of the installed Netron package on a fixed list.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from starlette.routing import BaseRoute, Route
 from streamlit import config
 
 from inspector.publishing import give_name
+from inspector.web import gate, identity
 
 BRIDGE = Path(__file__).with_name("graph") / "bridge.js"
 SVG = "image/svg+xml"
 PNG = "image/png"
-# Entries kept at once of each kind, and seconds after which one that nobody used is forgotten.
+# Entries of each kind that are kept for each user, and seconds after which one that nobody used
+# is forgotten.
 KEPT = 64
 EXPIRY_SECONDS = 12 * 3600.0
 
@@ -265,12 +267,24 @@ class _Shelf(Generic[_T]):
                 self._entries[token] = (identity, value, self._clock())
 
 
-_held: Final[_Shelf[_Held]] = _Shelf()
-_places: Final[_Shelf[_Place]] = _Shelf()
+class _Shelves(Generic[_T]):
+    """A shelf for each user: a token is only looked for on the shelf of who asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shelves: dict[str, _Shelf[_T]] = {}
+
+    def of(self, user: identity.User) -> _Shelf[_T]:
+        with self._lock:
+            return self._shelves.setdefault(user.key, _Shelf())
+
+
+_held: Final[_Shelves[_Held]] = _Shelves()
+_places: Final[_Shelves[_Place]] = _Shelves()
 
 
 def offer(content: bytes | Path, media_type: str, key: str) -> str:
-    """The address, as a browser of the app asks for it, at which the content is served.
+    """The address, as a browser of the app asks for it, at which the user gets the content.
 
     The same key with the same content has the same address (a path's content is told by its size
     and time of change), so a page may offer at every rerun. The address is forgotten twelve hours
@@ -284,14 +298,14 @@ def offer(content: bytes | Path, media_type: str, key: str) -> str:
     Raises:
         OSError: the file is not there.
     """
-    identity: tuple[object, ...]
+    about: tuple[object, ...]
     if isinstance(content, Path):
         content = content.resolve()
-        about = content.stat()
-        identity = (key, media_type, content, about.st_size, about.st_mtime_ns)
+        stamp = content.stat()
+        about = (key, media_type, content, stamp.st_size, stamp.st_mtime_ns)
     else:
-        identity = (key, media_type, hashlib.sha256(content).digest())
-    token = _held.put(identity, _Held(content=content, media_type=media_type))
+        about = (key, media_type, hashlib.sha256(content).digest())
+    token = _held.of(identity.require()).put(about, _Held(content=content, media_type=media_type))
     return f"{_root()}/held/{token}"
 
 
@@ -319,12 +333,12 @@ def accept(
     if not kinds or not kinds <= {SVG, PNG}:
         raise ValueError(f"media types {sorted(kinds)}, expected of {SVG} and {PNG}")
     place = _Place(target=target.absolute(), limit_bytes=limit_bytes, media_types=kinds)
-    token = _places.put((key, place), place)
+    token = _places.of(identity.require()).put((key, place), place)
     return f"{_root()}/picture/{token}"
 
 
 async def _serve_held(request: Request) -> Response:
-    held = _held.get(request.path_params["token"])
+    held = _held.of(gate.asker_of(request)).get(request.path_params["token"])
     if held is None:
         return _not_found()
     if isinstance(held.content, bytes):
@@ -338,10 +352,11 @@ async def _serve_held(request: Request) -> Response:
 
 async def _take_picture(request: Request) -> Response:
     token = request.path_params["token"]
-    taken = _places.take(token)
+    places = _places.of(gate.asker_of(request))
+    taken = places.take(token)
     if taken is None:
         return _not_found()
-    identity, place = taken
+    about, place = taken
     written = False
     try:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -367,7 +382,7 @@ async def _take_picture(request: Request) -> Response:
         return Response(status_code=204, headers=_headers(_HELD_POLICY, _FRESH))
     finally:
         if not written:
-            _places.put_back(token, identity, place)
+            places.put_back(token, about, place)
 
 
 def _write(target: Path, content: bytes) -> None:
@@ -473,10 +488,15 @@ def pane_address() -> str:
     return f"{_root()}/netron/{netron_version()}/pane.html"
 
 
+async def _health(_: Request) -> Response:
+    return _answer("ok", "text/plain", _HELD_POLICY, _FRESH)
+
+
 def served() -> list[BaseRoute]:
     """The routes to give to `st.App`."""
     root = _root()
     return [
+        Route(f"{root.removesuffix('/inspector')}/healthz", _health, methods=["GET"]),
         Route(f"{root}/netron/{{version}}/{{name}}", _netron, methods=["GET"]),
         Route(f"{root}/held/{{token}}", _serve_held, methods=["GET"]),
         Route(f"{root}/picture/{{token}}", _take_picture, methods=["PUT"]),

@@ -18,30 +18,44 @@ from typing import Any
 
 import streamlit as st
 
-from inspector import store
+from inspector import hosting, store
 from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
 from inspector.errors import InspectorError
 from inspector.jobs import JobStatus, Worker
 from inspector.render import dump_json, find_headline, read_comparison
 from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
-from inspector.web import tasks, words
+from inspector.web import identity, tasks, words
+from inspector.web.workers import Workers
 
 ACTIVE = ("queued", "running")
 FIRST_SAMPLE = "digit-detector"
 ELSEWHERE = "started elsewhere"
 _KEPT_ANSWERS = 24
 
-_workers: dict[tuple[Path, str], Worker] = {}
-_workers_lock = threading.Lock()
+_workers = Workers(lambda: Worker(niceness=5, preload=("inspector.workbench",)))
+_start_lock = threading.Lock()
 _started: set[Path] = set()
 
 
 def root() -> Path:
-    """The workspace's folder, absolute."""
-    return store.default_root().absolute()
+    """The folder of the user's workspace, absolute. Ends the page where nobody is signed in."""
+    user, data = identity.require(), identity.settings().data
+    if user == identity.LOCAL or data is None:
+        return store.default_root().absolute()
+    return hosting.workspace_folder(data, user.key)
 
 
-@st.cache_resource(show_spinner=False, max_entries=16)
+def is_signed_in() -> bool:
+    """Whether the user is one of several, who had to sign in."""
+    return identity.current_user() not in (None, identity.LOCAL)
+
+
+def guard() -> None:
+    """Ends the page, with the sign-in on it, where nobody is signed in."""
+    identity.require()
+
+
+@st.cache_resource(show_spinner=False, max_entries=256)
 def _workspace(folder: str) -> Workspace:
     return Workspace(Path(folder))
 
@@ -52,32 +66,32 @@ def workspace() -> Workspace:
 
 
 def worker() -> Worker:
-    """The workspace's long-lived worker, started on first use."""
+    """The workspace's long-lived worker, started with its first job."""
     return _worker("main")
 
 
 def _worker(role: str) -> Worker:
-    key = (root(), role)
-    with _workers_lock:
-        if key not in _workers:
-            _workers[key] = Worker(niceness=5, preload=("inspector.workbench",))
-        return _workers[key]
+    return _workers.get(root(), role)
 
 
 def close_workers() -> None:
     """Stops every worker of this process."""
-    with _workers_lock:
-        for each in _workers.values():
-            each.close()
-        _workers.clear()
+    _workers.close()
 
 
 atexit.register(close_workers)
 
 
 def start() -> None:
-    """Starts the worker, on the bundled sample where the workspace is still empty."""
-    with _workers_lock:
+    """Local mode: starts the worker, on the bundled sample where the workspace is still empty.
+
+    In portal mode nothing is started before somebody asks for it.
+    """
+    found = identity.settings()
+    if found.is_portal:
+        _workers.keep_tidy(idle_seconds=found.worker_idle_seconds, most=found.workers)
+        return
+    with _start_lock:
         if root() in _started:
             return
         _started.add(root())
@@ -89,7 +103,14 @@ def start() -> None:
 
 def open_sample(name: str) -> str:
     """The id of the job that loads a bundled pair."""
-    return worker().submit(tasks.load_sample, root(), name, title=f"Comparing the sample {name}")
+    return worker().submit(
+        tasks.load_sample,
+        root(),
+        name,
+        # A path of the server is not for its users to see.
+        private=identity.settings().is_portal,
+        title=f"Comparing the sample {name}",
+    )
 
 
 # ── the view: which pair, which run, which tensor ────────────────────────────────────────────
@@ -136,7 +157,7 @@ class View:
         return record.node if record else ""
 
 
-@st.cache_resource(show_spinner=False, max_entries=12)
+@st.cache_resource(show_spinner=False, max_entries=48)
 def _comparison(folder: str, run_id: str, stamp: tuple[int, int]) -> Comparison:
     # A run is compared anew when a match is set by hand; nothing else changes it.
     return read_comparison(_workspace(folder).comparison(run_id))
@@ -257,8 +278,9 @@ def address() -> dict[str, str]:
 
 
 def is_local() -> bool:
-    """Whether the server only listens on this machine, so that paths on it may be opened."""
-    return st.get_option("server.address") in ("127.0.0.1", "localhost", "::1")
+    """Whether paths on this machine may be opened: in local mode that nobody else reaches."""
+    found = identity.settings()
+    return not (found.is_portal or found.network)
 
 
 # ── jobs this tab waits for ──────────────────────────────────────────────────────────────────
@@ -288,7 +310,18 @@ def active_jobs() -> list[JobStatus]:
 def last_failure() -> InspectorError | None:
     """Why the workspace's last job failed, also one that ended before this tab was opened."""
     jobs = worker().jobs()
-    return jobs[-1].error if jobs else None
+    return told(jobs[-1].error) if jobs and jobs[-1].error else None
+
+
+def told(error: InspectorError) -> InspectorError:
+    """The error as its reader may have it: in portal mode without folders of the server."""
+    found = identity.settings()
+    if not found.is_portal or found.data is None:
+        return error
+    hint = hosting.without_paths(error.hint, found.data)
+    if "QUANT_INSPECTOR_" in hint:
+        hint = "Tell whoever runs this server: its settings have to change."
+    return type(error)(hosting.without_paths(error.message, found.data), hint=hint)
 
 
 def running(purpose: str) -> JobStatus | None:
@@ -350,7 +383,7 @@ def settle() -> str | None:
 
 def report(problem: InspectorError) -> None:
     """Keeps an error for the one place where the shell shows it."""
-    st.session_state["problem"] = problem
+    st.session_state["problem"] = told(problem)
 
 
 def problem() -> InspectorError | None:
@@ -428,13 +461,17 @@ def ask(
             del answers[next(iter(answers))]
         entry = f"{role}:{job_id}"
     role, job_id = entry.split(":", 1)
+    if not any(job.id == job_id for job in _worker(role).jobs()):
+        # Its worker was ended since, and the answer with it.
+        answers.pop(key, None)
+        return ask(key, function, *args, title=title, role=role, patience=patience, **kwargs)
     now = _worker(role).wait(job_id, patience) if patience else _worker(role).status(job_id)
     if now.state in ACTIVE:
         return Answer(job=now)
     if now.state == "cancelled":
         answers.pop(key, None)
         return Answer(error=InspectorError(f"Stopped: {now.title}.", hint="Ask again."))
-    answer = Answer(value=now.result, error=now.error)
+    answer = Answer(value=now.result, error=told(now.error) if now.error else None)
     answers[key] = answer
     return answer
 
@@ -511,7 +548,7 @@ def _drop(key: tuple[Hashable, ...]) -> None:
     entry = _answers().get(key)
     if isinstance(entry, str):
         role, job_id = entry.split(":", 1)
-        if _worker(role).status(job_id).state == "queued":
+        if any(job.id == job_id and job.state == "queued" for job in _worker(role).jobs()):
             _worker(role).cancel(job_id)
             _answers().pop(key, None)
 

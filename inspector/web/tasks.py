@@ -6,11 +6,12 @@ loads the runtime, however many pages it serves. Nothing here touches Streamlit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from inspector.errors import ModelError
-from inspector.store import FeedSource
+from inspector.store import FeedSource, Workspace
 
 SAMPLES_FOLDER = Path(__file__).resolve().parents[2] / "sample_models"
 SAMPLES = {
@@ -26,8 +27,14 @@ def load_pair(root: Path, *, pair_title: str = "", **arguments: Any) -> str:
     return workbench.load_pair(root, title=pair_title, **arguments)
 
 
-def load_sample(root: Path, name: str, **arguments: Any) -> str:
+def load_sample(root: Path, name: str, *, private: bool = False, **arguments: Any) -> str:
     """The id of the run that a bundled sample pair opens on.
+
+    Args:
+        root: the workspace.
+        name: of the sample.
+        private: whether to copy the sample into the workspace first, as if it were uploaded.
+        arguments: as `workbench.load_pair`.
 
     Raises:
         ModelError: the sample's files are not where the project puts them.
@@ -42,17 +49,29 @@ def load_sample(root: Path, name: str, **arguments: Any) -> str:
                 f"The bundled sample {name} is incomplete: {path.name} is not in {folder}.",
                 hint="Install the project from a complete checkout, or load a pair of your own.",
             )
+    models = [folder / "float.onnx", folder / "quantized.onnx"]
+    inputs = FeedSource(kind="path", path=str(feeds), title=feeds.name)
+    if private:
+        models, inputs = _copied(Workspace(root), models, feeds)
     return load_pair(
         root,
-        float_path=folder / "float.onnx",
-        quantized_path=folder / "quantized.onnx",
-        inputs=FeedSource(
-            kind="path", path=str(feeds), preprocess=None, samples=None, title=feeds.name
-        ),
+        float_path=models[0],
+        quantized_path=models[1],
+        inputs=inputs,
         calibration=None,
         pair_title=name,
         **arguments,
     )
+
+
+def _copied(
+    workspace: Workspace, models: Sequence[Path], feeds: Path
+) -> tuple[list[Path], FeedSource]:
+    copies = [workspace.add_model(path, path.name).path for path in models]
+    files = sorted(feeds.iterdir()) if feeds.is_dir() else [feeds, feeds.parent / "labels.json"]
+    stored = workspace.add_feeds({each.name: each for each in files if each.is_file()})
+    path = stored if feeds.is_dir() else stored / feeds.name
+    return copies, FeedSource(kind="stored", path=str(path), title=feeds.name)
 
 
 def requantize(root: Path, **arguments: Any) -> str:

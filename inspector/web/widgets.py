@@ -17,7 +17,7 @@ from inspector.errors import InspectorError
 from inspector.jobs import JobStatus
 from inspector.render import comparison_csv, format_db, shorten_name
 from inspector.store import RunRecord
-from inspector.web import session, style, tables
+from inspector.web import identity, session, style, tables
 from inspector.web.session import View
 from inspector.web.words import md_code, md_text
 
@@ -49,8 +49,8 @@ def count(number: int, noun: str) -> str:
 
 def error(found: InspectorError) -> None:
     """Shows what is wrong and what to do about it: the one way this app shows an error."""
-    message = getattr(found, "message", str(found))
-    st.error(f"{md_text(message)}\n\n**{md_text(found.hint)}**", icon=":material/error:")
+    found = session.told(found)
+    st.error(f"{md_text(found.message)}\n\n**{md_text(found.hint)}**", icon=":material/error:")
 
 
 def problem() -> None:
@@ -172,6 +172,7 @@ def open_sample(name: str) -> None:
 
 def nothing_loaded() -> None:
     """What a page says when there is no comparison yet: the job that makes one, or what to do."""
+    empty_context_bar()
     jobs = session.active_jobs()
     if jobs:
         st.subheader("Comparing…", anchor=False)
@@ -211,7 +212,7 @@ _pages: dict[str, Any] = {}
 
 def register_pages(pages: dict[str, Any]) -> None:
     """Tells the links which pages there are, by name."""
-    _pages.clear()
+    # Not emptied before: another session's script may be about to look one up.
     _pages.update(pages)
 
 
@@ -324,6 +325,17 @@ def context_bar(view: View) -> None:
             text += f" · worst part {hidden}"
             what += " and that of the worst part joined into it"
         st.markdown(text, width="content", help=f"{what} {of}".replace(" :", ":"))
+        identity.account()
+
+
+def empty_context_bar() -> None:
+    """The context bar where nothing is looked at: who is signed in, in portal mode."""
+    if not session.is_signed_in():
+        return
+    with st.container(
+        horizontal=True, horizontal_alignment="right", vertical_alignment="center", key="context"
+    ):
+        identity.account()
 
 
 def sentence(text: str, severity: str = "") -> None:
