@@ -14,6 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).parents[1]
 MODELS = Path(os.environ.get("QUANT_INSPECTOR_MODELS", ROOT.parent / "shared" / "models"))
+# How many times as many random examples: THOROUGH=20 pytest -m slow
+THOROUGH = int(os.environ.get("THOROUGH", "1"))
 needs_models = pytest.mark.skipif(
     not MODELS.is_dir(), reason=f"no real models at {MODELS} (set QUANT_INSPECTOR_MODELS)"
 )

@@ -55,6 +55,7 @@ from inspector.workbench import describe_model
 from tests.samples import (
     MODELS,
     ROOT,
+    THOROUGH,
     array,
     conv_relu_gemm,
     floats,
@@ -736,7 +737,7 @@ def examples(pairs: Sequence[str]) -> st.SearchStrategy[Example]:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, derandomize=True, database=None,
+@settings(max_examples=160 * THOROUGH, deadline=None, derandomize=True, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(example=examples(SMALL))
 def test_whatever_a_small_pair_holds_it_is_compared_or_refused(
@@ -747,7 +748,7 @@ def test_whatever_a_small_pair_holds_it_is_compared_or_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deployed", [False, True])
-@settings(max_examples=300, deadline=None, database=None,
+@settings(max_examples=100 * THOROUGH, deadline=None, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(data=st.data())
 def test_whatever_a_pair_holds_it_is_compared_or_refused(
@@ -1021,7 +1022,7 @@ def many_nodes(count: int, kind: str, *, quantized: bool) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("kind", ["chain", "wide"])
 @pytest.mark.parametrize(
-    ("count", "seconds"), [(2_000, 20), pytest.param(20_000, 300, marks=pytest.mark.slow)]
+    ("count", "seconds"), [(2_000, 20), pytest.param(8_000, 120, marks=pytest.mark.slow)]
 )
 def test_many_nodes_are_compared_in_bounded_time_and_memory(
     ground: Ground, tmp_path: Path, kind: str, count: int, seconds: int
