@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,7 @@ from inspector.errors import Cancelled, ExclusionError, InspectorError, ModelErr
 from inspector.guard import guarded
 
 if TYPE_CHECKING:
+    from inspector.backup import Backup
     from inspector.comparison import Comparison, OutputError, Pin
     from inspector.exclusions import ExclusionEntry, ExclusionList
     from inspector.feeds import Feeds
@@ -1522,7 +1523,12 @@ def _trials_folder(states: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]
     if len(folders) > 1:
         raise click.UsageError("--state names more than one folder for trials")
     carried = tuple(text for text in states if "=" in text)
-    return (Path(folders[0]) if folders else None), carried
+    if not folders:
+        return None, carried
+    folder = Path(folders[0])
+    with suppress(OSError):  # whoever opens it says what is wrong
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder, carried
 
 
 @cli.command()
@@ -1789,6 +1795,42 @@ def graph(
             _print(printable(f"the error of {upstream} comes from {text}{how}"))
     for warning in comparison.warnings:
         _say("warning", warning)
+
+
+# ----------------------------------------------------------------------------------- backup
+
+
+@cli.command()
+@click.argument("data", metavar="DATA")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The .tar.gz file to write.")
+def backup(data: str, output: str) -> None:
+    """Write everything in a data folder to one file; the server may run meanwhile."""
+    from inspector.backup import back_up
+
+    with _progress("backing up") as progress:
+        made = back_up(Path(data), Path(output), progress=progress)
+    _print_backup(f"wrote {output}", made)
+
+
+@cli.command()
+@click.argument("archive", metavar="FILE")
+@click.argument("data", metavar="DATA")
+def restore(archive: str, data: str) -> None:
+    """Put a backup into an empty folder, and check its models and its index."""
+    from inspector import backup
+
+    with _progress("restoring") as progress:
+        found = backup.restore(Path(archive), Path(data), progress=progress)
+    _print_backup(f"restored {data} as of {found.created}", found)
+
+
+def _print_backup(done: str, found: Backup) -> None:
+    from inspector.render import LONGEST_WORD, format_bytes, printable
+
+    held = f"{found.users} workspaces, {found.runs} runs, {found.files} files"
+    _print(printable(f"{done}: {held}, {format_bytes(found.size_bytes)}", LONGEST_WORD))
+    if found.left_out:
+        _say("note", f"{found.left_out} files were deleted meanwhile and are not in it")
 
 
 # ------------------------------------------------------------------------------------- main

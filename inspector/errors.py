@@ -8,6 +8,7 @@
     ├── QuantizationError  the quantizer refused, or wrote a file that does not load
     ├── ExclusionError     an exclusion list that does not fit the model
     ├── ReportError        a result that cannot be written or read
+    ├── QuotaError         more than one user of a portal may store
     └── SettingError       a server's setting that cannot be used
 
 A message names the thing, what was found and what was expected. The hint is one imperative
@@ -65,6 +66,10 @@ class ExclusionError(InspectorError):
 
 class ReportError(InspectorError):
     """A result that cannot be written or read."""
+
+
+class QuotaError(InspectorError):
+    """More than one user of a portal may store."""
 
 
 class SettingError(InspectorError):

@@ -265,7 +265,10 @@ def _figure(
         text, pad = f'{text}<br><span style="{style}">{subtitle}</span>', 18
     layout["margin"] = {"l": 60, "r": 20, "t": 64, "b": 46} | layout.get("margin", {})
     layout["title"] = {"text": text, "pad": {"t": pad, "l": 8}}
-    return go.Figure().update_layout(template=template(dark), height=height, **layout)
+    # Plotly takes longer to check a layout than a page takes for the rest of the figure. The tests
+    # have it checked.
+    layout |= {"template": template(dark), "height": height}
+    return go.Figure(layout=layout, _validate=False)
 
 
 def _nothing(title: str | None, sentence: str, note: str, dark: bool, height: int) -> go.Figure:

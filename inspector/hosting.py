@@ -331,6 +331,7 @@ def workspace_folder(data: Path, key: str) -> Path:
 def without_paths(text: str, data: Path) -> str:
     """The text in which files of any workspace are named without the folders they lie in."""
     end = r"(?!\w|[.-]\w)"
-    known = "users|blobs|models|feeds|runs|pairs|cache|temporary|[0-9a-f][0-9a-f-]{5,63}"
+    known = "users|blobs|models|feeds|runs|pairs|cache|temporary|files"
+    known += "|(?:upload-)?[0-9a-f][0-9a-f-]{5,63}"
     start = rf"(?<![\w.-]){re.escape(str(data))}"
     return re.sub(rf"{start}(?:/(?:{known})(?=/|{end}))*(?:/|{end})", "", text)

@@ -10,13 +10,20 @@ child moves both away at once: what a job prints goes to standard error.
 
 Nothing outlives the caller: the child ends when its input ends (and, on Linux, by a signal from
 the kernel, for when it is deep inside a library). That signal belongs to the *thread* that started
-the process, which is why one thread of our own starts it, and never the caller's.
+the process, which is why one thread of our own starts it, and never the caller's. What a job
+starts is in the child's process group, and ends with the job.
+
+Limits hold for what is not to be trusted: the child limits itself before it imports anything
+(`confinement`), and the caller watches what it cannot limit there, the time and what all
+processes of a job hold together.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
+import json
 import logging
 import math
 import os
@@ -32,16 +39,31 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any, Self
 
+from inspector import logs
+from inspector.confinement import (
+    Confinement,
+    confine,
+    die_with_parent,
+    end_children,
+    resident_bytes,
+)
 from inspector.errors import Cancelled, InspectorError, RunError
 
 CANCEL_SECONDS = 2.0
 PROGRESS_SECONDS = 0.05
-KEPT_JOBS = 200
+# With what they returned, which may be a megabyte.
+KEPT_JOBS = 40
+MEMORY_LOOK_SECONDS = 0.25
 
 _FINISHED = frozenset({"done", "failed", "cancelled"})
+# What libraries say where Python says MemoryError.
+_NO_MEMORY = (
+    *("bad_alloc", "bad allocation", "Failed to allocate memory", "not enough memory"),
+    "Cannot allocate memory",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +80,7 @@ class JobStatus:
         seconds: since it left the queue, until it ended.
         remaining_seconds: an estimate from the share and the time it took; None until a
             twentieth is done.
+        ahead: how many jobs have to end before it starts; 0 once it has.
     """
 
     id: str
@@ -69,13 +92,15 @@ class JobStatus:
     error: InspectorError | None
     seconds: float
     remaining_seconds: float | None
+    ahead: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
+    id: str
     title: str
     call: bytes
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    on_end: Callable[[JobStatus], None] | None = None
     state: str = "queued"
     fraction: float = 0.0
     message: str = ""
@@ -89,8 +114,10 @@ class _Job:
     cancel: bool = False
     cancel_sent: bool = False
     kill_at: float = math.inf
+    ends_at: float = math.inf  # by the limit of time
+    over: InspectorError | None = None  # the limit for which it is being stopped
 
-    def status(self) -> JobStatus:
+    def status(self, ahead: int = 0) -> JobStatus:
         now = time.monotonic()
         seconds = 0.0 if self.started is None else (self.finished or now) - self.started
         remaining = None
@@ -108,6 +135,7 @@ class _Job:
             error=self.error,
             seconds=seconds,
             remaining_seconds=remaining,
+            ahead=ahead,
         )
 
     def finish(
@@ -129,10 +157,29 @@ class Worker:
     Args:
         niceness: added to the process's own, so that the web process answers first.
         preload: modules the process imports when it starts, so that the first job is quick.
+        memory_bytes: the most the process may use; a job that needs more fails. None for no limit.
+        seconds: the longest a job may take from its start; None for no limit.
+        network: whether the process may open connections; see `confinement` for what that means.
     """
 
-    def __init__(self, *, niceness: int = 0, preload: Sequence[str] = ()) -> None:
-        self._arguments = (str(niceness), *preload)
+    def __init__(
+        self,
+        *,
+        niceness: int = 0,
+        preload: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        seconds: float | None = None,
+        network: bool = True,
+    ) -> None:
+        self._memory_bytes, self._seconds, self._network = memory_bytes, seconds, network
+        self._arguments = json.dumps(
+            {
+                "niceness": niceness,
+                "preload": list(preload),
+                "memory_bytes": memory_bytes,
+                "network": network,
+            }
+        )
         # Guards everything below, and tells of every change.
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}
@@ -142,6 +189,8 @@ class Worker:
         self._start_asked = False
         self._closed = False
         self._keeper: threading.Thread | None = None
+        self._confinement: Confinement | None = None
+        self._ended: deque[_Job] = deque()  # whose `on_end` is still to be called
 
     def __enter__(self) -> Self:
         return self
@@ -157,6 +206,19 @@ class Worker:
         with self._changed:
             return self._process is not None
 
+    @property
+    def resident_bytes(self) -> int:
+        """What its process and all it has started hold; 0 without, or off Linux."""
+        with self._changed:
+            process = self._process
+        return 0 if process is None else resident_bytes(process.pid)
+
+    @property
+    def confinement(self) -> Confinement | None:
+        """What holds for its process; None until one has started."""
+        with self._changed:
+            return self._confinement
+
     def start(self) -> None:
         """Starts the process now, so that it is warm when the first job comes."""
         with self._changed:
@@ -164,7 +226,14 @@ class Worker:
             self._wake()
 
     def submit(
-        self, function: Callable[..., Any], /, *args: Any, title: str = "", **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        /,
+        *args: Any,
+        title: str = "",
+        job_id: str = "",
+        on_end: Callable[[JobStatus], None] | None = None,
+        **kwargs: Any,
     ) -> str:
         """The id of a new job at the end of the queue.
 
@@ -173,12 +242,20 @@ class Worker:
                 ``function(*args, progress=progress, **kwargs)``; ``progress(fraction, message)``
                 reports, and raises `Cancelled` when the job is asked to stop.
             title: what the job is, for people; the function's name by default.
+            job_id: the id, where the caller has one for it already.
+            on_end: called once when the job has ended, by a thread of the worker's; not for what
+                `close` puts an end to.
 
         Raises:
             ValueError: the function cannot be found by name in another process.
         """
         call = pickle.dumps((*_address(function), args, kwargs))
-        job = _Job(title=title or function.__name__.replace("_", " "), call=call)
+        job = _Job(
+            id=job_id or uuid.uuid4().hex,
+            title=title or function.__name__.replace("_", " "),
+            call=call,
+            on_end=on_end,
+        )
         with self._changed:
             self._jobs[job.id] = job
             self._queue.append(job)
@@ -196,12 +273,12 @@ class Worker:
             RunError: there is no such job, or it ended long ago.
         """
         with self._changed:
-            return self._find(job_id).status()
+            return self._status(self._find(job_id))
 
     def jobs(self) -> tuple[JobStatus, ...]:
-        """All jobs in order of submission; of those that ended, the last 200."""
+        """All jobs in order of submission; of those that ended, the last 40."""
         with self._changed:
-            return tuple(job.status() for job in self._jobs.values())
+            return tuple(map(self._status, self._jobs.values()))
 
     def cancel(self, job_id: str) -> None:
         """Asks a job to stop; it is stopped by force when it does not within 2 seconds.
@@ -214,16 +291,14 @@ class Worker:
                 self._queue.remove(job)
                 self._finish(job, "cancelled")
             elif job.state == "running" and not job.cancel:
-                job.cancel = True
-                job.kill_at = time.monotonic() + CANCEL_SECONDS
-                self._changed.notify_all()
+                self._stop(job)
 
     def wait(self, job_id: str, timeout: float | None = None) -> JobStatus:
         """How the job stands when it has ended or the time is over, whichever is first."""
         with self._changed:
             job = self._find(job_id)
             self._changed.wait_for(lambda: job.state in _FINISHED, timeout)
-            return job.status()
+            return self._status(job)
 
     def result(self, job_id: str, timeout: float | None = None) -> Any:
         """What the function returned.
@@ -251,12 +326,22 @@ class Worker:
             if self._current is not None:
                 self._current.cancel = True
             if self._process is not None:
-                self._process.kill()
+                _kill(self._process)
             self._changed.notify_all()
             keeper = self._keeper
         atexit.unregister(self.close)
         if keeper is not None:
             keeper.join()
+
+    def _status(self, job: _Job) -> JobStatus:
+        if job.state != "queued":
+            return job.status()
+        return job.status(self._queue.index(job) + (self._current is not None))
+
+    def _stop(self, job: _Job) -> None:
+        job.cancel = True
+        job.kill_at = time.monotonic() + CANCEL_SECONDS
+        self._changed.notify_all()
 
     def _find(self, job_id: str) -> _Job:
         try:
@@ -276,6 +361,8 @@ class Worker:
         error: InspectorError | None = None,
     ) -> None:
         job.finish(state, result=result, error=error)
+        if job.on_end is not None and not self._closed:
+            self._ended.append(job)
         ended = [other.id for other in self._jobs.values() if other.state in _FINISHED]
         for old in ended[:-KEPT_JOBS]:
             del self._jobs[old]
@@ -295,19 +382,36 @@ class Worker:
     def _keep(self) -> None:
         while True:
             with self._changed:
-                while (order := self._next_order()) is None:
+                while (order := self._next_order()) is None and not self._ended:
                     if self._closed and self._process is None:
                         return
-                    deadline = self._current.kill_at if self._current else math.inf
-                    left = max(0.0, deadline - time.monotonic())
-                    self._changed.wait(None if math.isinf(left) else left)
+                    self._changed.wait(self._patience())
                 process = self._process
-            # Outside the lock: a long argument must not stop callers from asking how things are.
+                ended = [(job.on_end, job.status()) for job in self._ended]
+                self._ended.clear()
+            # Outside the lock: neither they nor a long argument must stop callers from asking how
+            # things are.
+            for on_end, status in ended:
+                assert on_end is not None
+                try:
+                    on_end(status)
+                except Exception:  # whatever it does, the next job is to be handed out
+                    _log.exception("the end of %s was not taken in", status.title)
             # A process that has just ended is noticed by its reader.
-            if process is not None and process.stdin is not None:
+            if order is not None and process is not None and process.stdin is not None:
                 with suppress(OSError, ValueError):
                     pickle.dump(order, process.stdin)
                     process.stdin.flush()
+
+    def _patience(self) -> float | None:
+        """Seconds until something is to be done of which nobody tells; None for never."""
+        job = self._current
+        if job is None:
+            return None
+        seconds = max(0.0, min(job.kill_at, job.ends_at) - time.monotonic())
+        if self._memory_bytes is not None:
+            return min(seconds, MEMORY_LOOK_SECONDS)
+        return None if math.isinf(seconds) else seconds
 
     def _next_order(self) -> tuple[str, str, bytes] | None:
         """What the process is to be told now; None where there is nothing to say."""
@@ -325,14 +429,26 @@ class Worker:
             job.state = "running"
             job.tries += 1
             job.started = job.progressed = time.monotonic()
+            if self._seconds is not None:
+                job.ends_at = job.started + self._seconds
             self._changed.notify_all()
             return ("run", job.id, job.call)
+        if time.monotonic() >= job.ends_at:
+            job.ends_at = math.inf
+            if not job.cancel:
+                job.over = _too_long(job.title, self._seconds or 0.0)
+                self._stop(job)
         if job.cancel and not job.cancel_sent:
             job.cancel_sent = True
             return ("cancel", job.id, b"")
+        limit = self._memory_bytes
+        # The process limits itself; this is for what it has started, and what it shares.
+        if limit is not None and not job.over and resident_bytes(self._process.pid) > limit:
+            job.over = _too_large(job.title, limit)
+            job.kill_at = 0.0
         if time.monotonic() >= job.kill_at:
             job.kill_at = math.inf
-            self._process.kill()
+            _kill(self._process)
         return None
 
     def _start_process(self) -> None:
@@ -345,10 +461,14 @@ class Worker:
                     "-P",
                     "-c",
                     "from inspector.jobs import _serve; _serve()",
-                    *self._arguments,
+                    self._arguments,
                 ],
+                # Not a session of its own: Linux gives each an equal share, whatever its niceness.
+                process_group=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                # What ONNX Runtime writes there quotes models.
+                stderr=subprocess.DEVNULL if logs.is_json() else None,
                 env={**_environment(), "PYTHONPATH": os.pathsep.join(paths)},
             )
         except OSError as error:
@@ -372,7 +492,7 @@ class Worker:
         with suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
                 self._take_in(*pickle.load(process.stdout))
-        process.kill()  # nothing more can be heard from it
+        _kill(process)  # nothing more can be heard from it
         code = process.wait()
         process.stdout.close()
         with suppress(OSError):  # what was not yet sent cannot be any more
@@ -380,12 +500,15 @@ class Worker:
         with self._changed:
             job, self._current = self._current, None
             self._process = None
-            if job is not None and job.cancel:
+            if job is not None and job.over is not None:
+                self._finish(job, "failed", error=job.over)
+                self._start_asked = not self._closed
+            elif job is not None and job.cancel:
                 self._finish(job, "cancelled")
                 self._start_asked = not self._closed  # killed by us: be warm for the next job
             elif job is not None and not job.begun and job.tries == 1:
                 # It was handed to a process that was about to end for another reason.
-                job.state, job.started = "queued", None
+                job.state, job.started, job.ends_at = "queued", None, math.inf
                 self._queue.appendleft(job)
             elif job is not None:
                 self._finish(job, "failed", error=_ended(code, job.title))
@@ -398,9 +521,13 @@ class Worker:
         if kind in ("done", "failed"):
             try:
                 content = pickle.loads(content)
-            except Exception:  # unpickling runs code of any type
-                kind, content = "crashed", ("a result that cannot be read", traceback.format_exc())
+            except Exception as problem:  # unpickling runs code of any type
+                kind, content = "crashed", ("a result that cannot be read", *_told(problem))
         with self._changed:
+            if kind == "confined":
+                self._confinement = content
+                _say(content, wanted=self._network)
+                return
             job = self._current
             if job is None or job.id != job_id:
                 return
@@ -413,16 +540,23 @@ class Worker:
                 self._changed.notify_all()
                 return
             self._current = None
-            if kind == "cancelled":
+            if kind == "cancelled" and job.over is None:
                 self._finish(job, "cancelled")
                 return
             if kind == "done":
                 result = content
+            elif kind == "cancelled":
+                error = job.over
             elif kind == "failed":
                 error = content
+            elif kind == "starved":
+                error = _too_large(job.title, self._memory_bytes or 0)
             else:
-                what, trace = content
-                _log.error("%s stopped on %s\n%s", job.title, what, trace)
+                what, trace, places = content
+                safe = {"message": "a job stopped on an exception", "exception": places}
+                _log.error(
+                    "%s stopped on %s\n%s", job.title, what, trace, extra={logs.INSTEAD: safe}
+                )
                 error = _crashed(job.title, what)
             self._finish(job, "done" if error is None else "failed", result=result, error=error)
 
@@ -441,6 +575,41 @@ def _address(function: Callable[..., Any]) -> tuple[str, str]:
             f"{function!r} is not a function of an importable module, so a worker cannot find it"
         )
     return module, name
+
+
+@functools.cache  # once for all workers
+def _say(found: Confinement, wanted: bool) -> None:
+    if found.network and not wanted:
+        _log.warning("workers can reach the network: this system has no way of closing it to them")
+    memory = "no limit" if found.memory_bytes is None else f"{found.memory_bytes / 1e9:.3g} GB"
+    _log.info("workers: network %s, memory %s", "open" if found.network else "closed", memory)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process with all that it has started, unless it is known to have ended."""
+    if process.returncode is not None:
+        return
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
+def _too_long(title: str, seconds: float) -> RunError:
+    amount = f"{seconds / 60:g} minutes" if seconds >= 120 else f"{seconds:g} seconds"
+    return RunError(
+        f"{title} was stopped after {amount}, the longest that a job may take here",
+        hint="Use fewer samples or a smaller model.",
+    )
+
+
+def _too_large(title: str, memory_bytes: int) -> RunError:
+    return RunError(
+        f"{title} needed more than {memory_bytes / 1e9:.3g} GB of memory, the most that a job may "
+        "use here",
+        hint="Use fewer or smaller samples, or a smaller model.",
+    )
 
 
 def _ended(code: int, title: str) -> RunError:
@@ -508,18 +677,20 @@ class _Answers:
 
 def _serve() -> None:
     """Runs in the child: takes orders from standard input until it ends."""
-    orders = os.fdopen(os.dup(0), "rb")
-    answers = _Answers(os.fdopen(os.dup(1), "wb"))
+    orders, told = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
     # Ctrl-C is for the parent; it ends this process when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        _die_with_parent()
-    niceness, *preload = sys.argv[1:]
+    die_with_parent()
+    options = json.loads(sys.argv[1])
     if hasattr(os, "nice"):
-        os.nice(int(niceness))
+        os.nice(options["niceness"])
+    memory_bytes = options["memory_bytes"]
+    confined = confine(memory_bytes=memory_bytes, network=options["network"])
+    answers = _Answers(told)  # from here on there are threads
+    answers.send(("confined", "", confined))
 
     calls: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
     cancelled: set[str] = set()
@@ -536,19 +707,29 @@ def _serve() -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    for module in preload:
+    for module in options["preload"]:
         try:
             importlib.import_module(module)
         except Exception:  # the job that needs it will say so
             _log.exception("the worker cannot import %s", module)
+    served = False
     while True:
         job_id, call = calls.get()
+        if served and memory_bytes is not None and resident_bytes(os.getpid()) > memory_bytes / 2:
+            os._exit(0)  # what earlier jobs left behind is not this one's: a new process gets it
         answers.send(("begun", job_id, None))
-        answers.send(_run(job_id, call, answers, cancelled))
+        answer = _run(job_id, call, answers, cancelled, limited=memory_bytes is not None)
+        end_children()
+        answers.send(answer)
+        if answer[0] == "starved":
+            os._exit(0)  # how much of it comes back is not certain
         cancelled.discard(job_id)
+        served = True
 
 
-def _run(job_id: str, call: bytes, answers: _Answers, cancelled: set[str]) -> tuple[str, str, Any]:
+def _run(
+    job_id: str, call: bytes, answers: _Answers, cancelled: set[str], *, limited: bool
+) -> tuple[str, str, Any]:
     def progress(fraction: float, message: str) -> None:
         if job_id in cancelled:
             raise Cancelled
@@ -560,23 +741,34 @@ def _run(job_id: str, call: bytes, answers: _Answers, cancelled: set[str]) -> tu
         return ("done", job_id, pickle.dumps(function(*args, progress=progress, **kwargs)))
     except Cancelled:
         return ("cancelled", job_id, None)
-    except InspectorError as error:
+    except BaseException as error:  # a job must not end the process, not even by sys.exit
+        if limited and _lacked_memory(error):
+            return ("starved", job_id, None)
+        return _failure(job_id, error)
+
+
+def _lacked_memory(error: BaseException) -> bool:
+    """Whether an error comes of memory that was asked for in vain."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or any(words in str(cause) for words in _NO_MEMORY):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _failure(job_id: str, error: BaseException) -> tuple[str, str, Any]:
+    if isinstance(error, InspectorError):
         kind: type[BaseException] = type(error)
         # A class that only this process knows would not be found by the other.
         known = kind.__module__ == InspectorError.__module__
         plain = error if known else RunError(error.message, hint=error.hint)
         return ("failed", job_id, pickle.dumps(plain))
-    except BaseException as error:  # a job must not end the process, not even by sys.exit
-        text = " ".join(str(error).split())
-        what = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        return ("crashed", job_id, (what, traceback.format_exc()))
+    text = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return ("crashed", job_id, (what, *_told(error)))
 
 
-def _die_with_parent() -> None:
-    """Asks Linux for SIGKILL when the parent's thread ends, and to be its first choice when
-    memory runs out, before the parent."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")
+def _told(error: BaseException) -> tuple[str, list[dict[str, Any]]]:
+    """An exception's traceback as Python writes it, and without what may be in a model."""
+    return "".join(traceback.format_exception(error)), logs.trace_of(error)

@@ -40,7 +40,14 @@ from inspector.runtime import Progress, no_progress, part_of
 from inspector.search import find_exclusions
 from inspector.search_result import Goal, SearchTrial
 from inspector.sensitivity import ONLY, measure_sensitivity
-from inspector.store import SENSITIVITY_KEY, PairRecord, RunRecord, Workspace, made_by_surgery
+from inspector.store import (
+    FINDINGS_KEY,
+    SENSITIVITY_KEY,
+    PairRecord,
+    RunRecord,
+    Workspace,
+    made_by_surgery,
+)
 from inspector.trials import Request, Trial, Trials, quantized_nodes
 from inspector.workbench import metrics_of, open_feeds, open_model, stamps_of
 
@@ -278,9 +285,6 @@ def surgery_gain(
     except (InspectorError, UnplannableError):
         return None
     return previewed_gain(previewer, {o.name: o.worst_part_sqnr_db for o in before.outputs})
-
-
-FINDINGS_KEY = "findings"
 
 
 def diagnose_run(

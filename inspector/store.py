@@ -16,6 +16,7 @@ is no index in memory and no lock: a file or folder is completed under a private
     runs/<id>/run.json              a recipe, an exclusion list and the headline of what they gave
     runs/<id>/comparison.json       the whole comparison
     runs/<id>/<model file>          the quantized model this run made
+    runs/<id>/note.json             what somebody wrote about it
     runs/<id>/details/<hash>.json   what was computed later, on request
     current.json                    the pair on screen
     cache/                          what can be computed again
@@ -23,40 +24,54 @@ is no index in memory and no lock: a file or folder is completed under a private
 
 Paths inside the folder are kept relative to it: it can be moved. The web process imports this
 file, so it needs neither ONNX nor its runtime.
+
+In a portal the workspaces of all users lie beside each other, and what several of them upload is
+on disk once: files under `models/` and `feeds/` are hard links to `<data>/blobs/<sha256>`, where
+the file system has such links, and copies where not. That is never a way to a file: a link is made
+only for bytes that were given completely, and neither sizes nor times tell who else has them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from io import BufferedWriter
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, BinaryIO, NoReturn, Self, TypeVar
 
 import platformdirs
 
 from inspector.comparison import Pin
-from inspector.errors import ReportError
+from inspector.errors import QuotaError, ReportError
+from inspector.render import format_bytes
 
 BLOCK_BYTES = 1 << 20
 TEMPORARY_SECONDS = 24 * 3600
+LONGEST_NOTE = 20_000
 FEED_KINDS = ("path", "stored", "random")
 CPU_PROVIDER = "CPUExecutionProvider"
 
+# The time that every blob has: whose upload was the first is nobody's business. 2000-01-01.
+_BLOB_TIME = 946_684_800
+_FOLDERS = ("pairs", "runs", "models", "feeds", "cache", "temporary")
 _ID = re.compile(r"[0-9a-f-]{1,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f<>:"|?*]')
 # Where records hold paths that may lie inside the workspace.
 _PLACES = ("float_model", "quantized_model", "model", "inputs", "calibration")
 
+_log = logging.getLogger(__name__)
 _Record = TypeVar("_Record", "PairRecord", "RunRecord")
 
 
@@ -421,9 +436,25 @@ class RunRecord:
         )
 
 
-# The keys under which the times of a run's nodes are kept, and what each costs.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """What somebody wrote about a run.
+
+    Attributes:
+        text: as written, with its lines.
+        by: the writer's address; "" in local mode.
+        written: ISO 8601, UTC.
+    """
+
+    text: str
+    by: str
+    written: str
+
+
+# The keys under which the times of a run's nodes are kept, what each costs, and what is wrong.
 PROFILE_KEY = "profile"
 SENSITIVITY_KEY = "sensitivity"
+FINDINGS_KEY = "findings"
 
 
 def made_by_surgery(run: RunRecord) -> bool:
@@ -483,16 +514,46 @@ def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
         yield reader
 
 
-def _copy(source: Path | BinaryIO, target: Path) -> tuple[str, int]:
-    """The sha256 and size of what was copied; an open file is read from its start."""
+def _copy(source: Path | BinaryIO, target: Path, *, move: bool = False) -> tuple[str, int]:
+    """The sha256 and size of what was copied; an open file is read from its start.
+
+    Args:
+        source: a file's path, or an open binary file.
+        target: that does not exist yet.
+        move: where it can be done, the source becomes the target, and nothing is copied.
+    """
+    # Not a link: what it leads to is not the caller's to give away.
+    moved = move and isinstance(source, Path) and not source.is_symlink() and _moved(source, target)
     digest, size = hashlib.sha256(), 0
-    with _opened(source) as reader, target.open("xb") as writer:
+    if moved:
+        with target.open("rb+") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+            os.fsync(file.fileno())
+        return digest.hexdigest(), size
+    with _opened(source) as reader, open(target, "xb", opener=_private) as writer:
         while block := reader.read(BLOCK_BYTES):
             writer.write(block)
             digest.update(block)
             size += len(block)
         _sync(writer)
+    if move and isinstance(source, Path):
+        source.unlink(missing_ok=True)
     return digest.hexdigest(), size
+
+
+def _moved(source: Path, target: Path) -> bool:
+    try:
+        os.rename(source, target)
+    except OSError:  # another disk, or no such file, which the copy says better
+        return False
+    target.chmod(0o600)
+    return True
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _sync(writer: BufferedWriter) -> None:
@@ -521,6 +582,26 @@ def _writing(what: str) -> Iterator[None]:
         ) from error
 
 
+def _is_older(entry: Path, seconds: float) -> bool:
+    """Whether a file, or a folder with all that lies directly in it, was last changed so long ago.
+
+    False where it is gone.
+    """
+    try:
+        inside = entry.iterdir() if entry.is_dir() and not entry.is_symlink() else ()
+        latest: float = max(each.lstat().st_mtime for each in (entry, *inside))
+    except FileNotFoundError:
+        return False
+    return time.time() - latest > seconds
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is not JSON")
 
@@ -540,54 +621,97 @@ class Workspace:
     def __init__(self, root: Path) -> None:
         self.root = Path(root).absolute()
         self.cache = self.root / "cache"
+        self._blobs: Path | None = None
         with _writing("the workspace"):
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for name in ("cache", "temporary", "models", "feeds", "pairs", "runs"):
-                (self.root / name).mkdir(exist_ok=True)
+            self._make_folders()
+        if self.root.parent.name == "users" and re.fullmatch(r"[0-9a-f]{32}", self.root.name):
+            blobs = self.root.parents[1] / "blobs"
+            with suppress(OSError):
+                blobs.mkdir(exist_ok=True, mode=0o700)
+                self._blobs = blobs
         self._sweep()
+
+    def _make_folders(self) -> None:
+        for name in _FOLDERS:
+            (self.root / name).mkdir(exist_ok=True, mode=0o700)
+
+    def _temporary(self) -> Path:
+        """A new name in `temporary/`, which is there also where the workspace had expired."""
+        if not (self.root / "temporary").is_dir():
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_folders()
+        return self.root / "temporary" / new_id()
 
     def _sweep(self) -> None:
         """Removes what processes that were killed left behind."""
         for entry in (self.root / "temporary").iterdir():
-            try:
-                old = time.time() - entry.stat().st_mtime > TEMPORARY_SECONDS
-            except FileNotFoundError:  # its owner has finished meanwhile
-                continue
-            if old and entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif old:
-                entry.unlink(missing_ok=True)
+            if _is_older(entry, TEMPORARY_SECONDS):
+                _remove(entry)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private folder on the workspace's own disk, removed at the end."""
-        folder = self.root / "temporary" / new_id()
         with _writing("a temporary folder"):
-            folder.mkdir()
+            folder = self._temporary()
+            folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def size_bytes(self) -> int:
+        """What the workspace's files hold, each file once however often it is linked.
+
+        Counted is all but `cache/`, which can be removed at any time; unfinished files count. A
+        file that other users have as well counts in full, for each of them: what one may store
+        does not depend on the others.
+        """
+        total, seen = 0, set()
+        folders = [str(self.root)]
+        while folders:
+            folder = folders.pop()
+            with suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name != "cache" or folder != str(self.root):
+                            folders.append(entry.path)
+                        continue
+                    with suppress(FileNotFoundError):  # finished or removed meanwhile
+                        facts = entry.stat(follow_symlinks=False)
+                        if facts.st_nlink > 1:
+                            if (facts.st_dev, facts.st_ino) in seen:
+                                continue
+                            seen.add((facts.st_dev, facts.st_ino))
+                        total += facts.st_size
+        return total
+
     # Models and feeds.
 
-    def add_model(self, source: Path | BinaryIO, name: str) -> StoredModel:
+    def add_model(self, source: Path | BinaryIO, name: str, *, move: bool = False) -> StoredModel:
         """A private copy of a model without external data, kept by its sha256.
 
         Args:
             source: a file's path, or an open binary file (read from its start, in blocks).
             name: as the user calls the file; only its last part is used.
+            move: the file is taken instead of copied: it is gone afterwards, and has to be one
+                that nobody writes to any more. Takes no time on the workspace's own disk.
         """
         name = safe_name(name)
         with self.scratch() as scratch, _writing(name):
-            sha256, size = _copy(source, scratch / name)
+            sha256, size = _copy(source, scratch / name, move=move)
+            self._deduplicate(scratch / name, sha256)
             path = self.root / "models" / sha256 / name
-            if not path.exists():
-                path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            if path.exists():
+                os.utime(path.parent)  # used again, however old it is
+            else:
                 self._publish(scratch / name, path)
         return StoredModel(name=name, sha256=sha256, size_bytes=size, path=path)
 
-    def add_model_files(self, files: Mapping[str, Path | BinaryIO], main: str) -> StoredModel:
+    def add_model_files(
+        self, files: Mapping[str, Path | BinaryIO], main: str, *, move: bool = False
+    ) -> StoredModel:
         """A private copy of a model with its external data, kept by their contents and names.
 
         The record's `sha256` is that of the main file alone: the order of the external data is
@@ -596,10 +720,11 @@ class Workspace:
         Args:
             files: sources by name, relative to the model's folder.
             main: the key of the model file in `files`.
+            move: see `add_model`.
         """
         if main not in files:
             raise ValueError(f"{main!r} is not one of the files: {', '.join(files)}")
-        folder, digests = self._add_folder("models", files)
+        folder, digests = self._add_folder("models", files, move=move)
         return StoredModel(
             name=safe_name(main),
             sha256=digests[main][0],
@@ -607,17 +732,18 @@ class Workspace:
             path=folder / _safe_path(main),
         )
 
-    def add_feeds(self, files: Mapping[str, Path | BinaryIO]) -> Path:
+    def add_feeds(self, files: Mapping[str, Path | BinaryIO], *, move: bool = False) -> Path:
         """The folder that holds private copies of the files, kept by their contents and names.
 
         Args:
             files: sources by name. Sub-folders (``test_data_set_0/input_0.pb``) are kept; a name
                 cannot lead out of the folder.
+            move: see `add_model`.
         """
-        return self._add_folder("feeds", files)[0]
+        return self._add_folder("feeds", files, move=move)[0]
 
     def _add_folder(
-        self, kind: str, files: Mapping[str, Path | BinaryIO]
+        self, kind: str, files: Mapping[str, Path | BinaryIO], *, move: bool
     ) -> tuple[Path, dict[str, tuple[str, int]]]:
         if not files:
             raise ValueError("no files were given")
@@ -625,6 +751,7 @@ class Workspace:
         contents: dict[str, str] = {}
         with self.scratch() as scratch:
             made = scratch / "files"
+            made.mkdir(mode=0o700)
             for name, source in files.items():
                 target = _safe_path(name)
                 with _writing(name):
@@ -634,13 +761,44 @@ class Workspace:
                             f"two of the files are called {target.as_posix()}",
                             hint="Rename one of them.",
                         )
-                    digests[name] = _copy(source, made / target)
+                    digests[name] = _copy(source, made / target, move=move)
+                    self._deduplicate(made / target, digests[name][0])
                 contents[target.as_posix()] = digests[name][0]
             key = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
             folder = self.root / kind / key
             with _writing(f"{len(files)} files"):
                 self._publish(made, folder, same_content=True)
+                os.utime(folder)  # used again, however old it is
         return folder, digests
+
+    def _deduplicate(self, file: Path, sha256: str) -> None:
+        """Makes a file of a scratch folder one with what the data folder has of the same content.
+
+        Whatever another process does meanwhile, and wherever this one is killed, the file is whole
+        and blobs hold what their name says. Where a link cannot be made, the file stays a copy.
+        """
+        if self._blobs is None:
+            return
+        blob, twin = self._blobs / sha256, file.with_name(f".{new_id()}")
+        try:
+            size = file.stat().st_size
+            os.utime(file, (_BLOB_TIME, _BLOB_TIME))
+            if os.name == "posix":  # elsewhere nobody could delete it any more
+                file.chmod(0o444)
+            try:
+                os.link(file, blob)
+            except FileExistsError:
+                if blob.stat().st_size == size:
+                    os.link(blob, twin)
+                    os.replace(twin, file)
+                else:  # a damaged disk
+                    os.link(file, twin)
+                    os.replace(twin, blob)
+        except OSError as error:
+            # No such links here, too many of them, or the blob was tidied away just now.
+            _log.debug("%s stays a copy: %s", sha256, error)
+        finally:
+            twin.unlink(missing_ok=True)
 
     def _publish(self, made: Path, target: Path, *, same_content: bool = False) -> None:
         """Renames a finished file or folder into place.
@@ -657,14 +815,161 @@ class Workspace:
                 raise
         _sync_folder(target.parent)
 
+    def tidy(self) -> None:
+        """Removes what nothing leads to any more.
+
+        That are temporary files, models and feeds that no pair or run names (of a pair that failed
+        to load), all untouched for a day, and the runs of pairs that are gone. Where a record
+        cannot be read, models and feeds stay: nobody knows what it names.
+        """
+        self._sweep()
+        runs, _ = self._listed(RunRecord, "run")
+        for run in runs:
+            if not (self.root / "pairs" / run.pair_id).exists():
+                self._discard([self.root / "runs" / run.id])
+        entries = [entry for kind in ("models", "feeds") for entry in self._entries(kind)]
+        old = [entry for entry in entries if _is_older(entry, TEMPORARY_SECONDS)]
+        self._discard_unused(old)
+
+    def _entries(self, kind: str) -> list[Path]:
+        try:
+            return sorted((self.root / kind).iterdir())
+        except FileNotFoundError:  # the workspace had expired
+            return []
+
+    def _used(self) -> set[Path] | None:
+        """The entries of `models/` and `feeds/` that pairs and runs name; None if not known."""
+        pairs, unreadable_pairs = self._listed(PairRecord, "pair")
+        runs, unreadable_runs = self._listed(RunRecord, "run")
+        if unreadable_pairs or unreadable_runs:
+            return None
+        found = {entry for pair in pairs for entry in self._named_by(pair)}
+        return found | {entry for run in runs for entry in self._entry_of(str(run.model.path))}
+
+    def _named_by(self, pair: PairRecord) -> set[Path]:
+        """The entries of `models/` and `feeds/` that a pair names."""
+        models = (each for each in (pair.float_model, pair.quantized_model) if each is not None)
+        feeds = (each for each in (pair.inputs, pair.calibration) if each is not None)
+        paths = [*(str(m.path) for m in models), *(f.path for f in feeds), pair.options.device]
+        return {entry for path in paths for entry in self._entry_of(path)}
+
+    def _entry_of(self, path: str) -> list[Path]:
+        """The entry of `models/` or `feeds/` that a path lies in; [] where it lies elsewhere."""
+        inside = Path(path).is_relative_to(self.root) if path else False
+        kind, name, *_ = (*(Path(path).relative_to(self.root).parts if inside else ()), "", "")
+        named = kind in ("models", "feeds") and _SHA256.fullmatch(name)
+        return [self.root / kind / name] if named else []
+
+    def _discard(self, entries: Sequence[Path]) -> None:
+        """Removes files or folders; each vanishes all at once, in the order given.
+
+        Nothing is made for it, so that a full disk can be emptied.
+        """
+        aside = []
+        with _writing("the removal"):
+            try:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # somebody else was quicker
+                        name = self._temporary()
+                        os.replace(entry, name)
+                        aside.append(name)
+            finally:
+                self._wipe(aside)
+
+    def _discard_unused(self, entries: Sequence[Path]) -> None:
+        """Removes those of some entries of `models/` and `feeds/` that no pair or run names."""
+        used = self._used() if entries else None
+        if used is None:
+            return
+        for entry in entries:
+            if entry in used:
+                continue
+            aside = self._temporary()
+            with _writing("the removal"), suppress(FileNotFoundError):
+                os.replace(entry, aside)
+                # A pair that was saved since `used` was looked up may name it: see `save_pair`.
+                now = self._used()
+                if now is None or entry in now:
+                    self._publish(aside, entry, same_content=True)
+                self._wipe([aside])
+
+    def _wipe(self, entries: Sequence[Path]) -> None:
+        """Removes what was set aside, with the blobs that nobody else has.
+
+        Blobs that a killed process leaves are removed by `housekeeping`.
+        """
+        inodes: set[int] = set()
+        for entry in entries:
+            if self._blobs is not None:
+                facts = [file.lstat() for file in entry.rglob("*")]
+                inodes.update(f.st_ino for f in facts if S_ISREG(f.st_mode) and f.st_nlink > 1)
+            _remove(entry)
+        if self._blobs is None or not inodes:
+            return
+        with os.scandir(self._blobs) as blobs:
+            for blob in blobs:
+                # Whoever links it at this very moment keeps the file, without the blob.
+                with suppress(FileNotFoundError):
+                    if blob.inode() in inodes and os.lstat(blob.path).st_nlink == 1:
+                        os.unlink(blob.path)
+
+    def delete_everything(self) -> None:
+        """Removes all pairs, models, feeds, runs and what can be computed again.
+
+        The workspace stays usable, and jobs under way end with an error. What is unfinished in
+        `temporary/` stays with those who work on it.
+        """
+        # The folders stay for others; pairs go first: without them nothing leads to the rest.
+        for kind in _FOLDERS:
+            if kind != "temporary":
+                self._discard(self._entries(kind))
+        self._discard([entry for entry in self.root.iterdir() if entry.name not in _FOLDERS])
+
     # Pairs.
 
     def save_pair(self, pair: PairRecord) -> None:
-        """Saves a pair, or replaces the one of the same id."""
+        """Saves a pair, or replaces the one of the same id.
+
+        Raises:
+            ReportError: also where one of its models or feeds was deleted meanwhile.
+        """
         path = self._file("pair", pair.id)
-        with _writing(f"pair {pair.id}"):
-            path.parent.mkdir(exist_ok=True)
-        self._write_json(path, self._portable(pair.to_json()))
+        new = not path.parent.exists()
+        if new:
+            with self.scratch() as scratch, _writing(f"pair {pair.id}"):
+                made = scratch / pair.id
+                made.mkdir(mode=0o700)
+                self._write_json(made / "pair.json", self._portable(pair.to_json()))
+                self._publish(made, path.parent)
+        else:
+            self._write_json(path, self._portable(pair.to_json()))
+        # Only now: whoever deletes them has seen this pair, or this sees that they are gone.
+        lost = [entry for entry in self._named_by(pair) if not entry.exists()]
+        if lost:
+            if new:
+                self._discard([path.parent])
+            raise ReportError(
+                f"a model or feeds of {pair.title} were deleted while it was loaded",
+                hint="Load the models and their inputs again.",
+            )
+
+    def delete_pair(self, pair_id: str) -> None:
+        """Removes a pair with its runs, and the models and feeds that no other pair needs.
+
+        The pair vanishes all at once, and a job that still works on it ends with an error. Where
+        some other record cannot be read, models and feeds stay until it is gone: it may name them.
+        """
+        path = self._existing("pair", pair_id)
+        try:
+            own = self._named_by(self._record(PairRecord, path))
+        except ReportError:
+            own = set()
+        self._discard([path.parent])
+        runs, _ = self._listed(RunRecord, "run")
+        mine = [run for run in runs if run.pair_id == pair_id]
+        self._discard([self.root / "runs" / run.id for run in mine])
+        own |= {entry for run in mine for entry in self._entry_of(str(run.model.path))}
+        self._discard_unused(sorted(own))
 
     def pair(self, pair_id: str) -> PairRecord:
         return self._record(PairRecord, self._existing("pair", pair_id))
@@ -698,8 +1003,11 @@ class Workspace:
         self._write_json(self._existing("pair", pair_id).with_name("search.json"), dict(found))
 
     def trials_folder(self, pair_id: str) -> Path:
-        """Where searches of a pair keep their trials."""
-        return self._existing("pair", pair_id).with_name("trials")
+        """Where searches of a pair keep their trials; made where there is none."""
+        folder = self._existing("pair", pair_id).with_name("trials")
+        with self._writing_of(folder, "trials"):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
 
     def current_pair(self) -> str | None:
         """The id of the pair on screen; None where none was chosen or it is gone."""
@@ -740,10 +1048,11 @@ class Workspace:
         self._existing("pair", run.pair_id)
         with self.scratch() as scratch, _writing(f"run {run.id}"):
             made = scratch / run.id
-            (made / "details").mkdir(parents=True)
+            made.mkdir(mode=0o700)
+            (made / "details").mkdir(mode=0o700)
             if model_file is not None:
                 name = safe_name(run.model.name)
-                if name in ("run.json", "comparison.json", "details"):
+                if name in ("run.json", "comparison.json", "note.json", "details"):
                     name = f"{name}.onnx"
                 _copy(model_file, made / name)
                 for file in external_data:
@@ -752,6 +1061,10 @@ class Workspace:
             self._write_json(made / "run.json", self._portable(run.to_json()))
             self._write_json(made / "comparison.json", dict(comparison))
             self._publish(made, path.parent)
+        # Only now: whoever deletes the pair has seen this run, or this sees that the pair is gone.
+        if not self._file("pair", run.pair_id).is_file():
+            self._discard([path.parent])
+            self._existing("pair", run.pair_id)
         return run
 
     def replace_comparison(self, run: RunRecord, comparison: Mapping[str, Any]) -> None:
@@ -783,17 +1096,48 @@ class Workspace:
 
     def comparison_stamp(self, run_id: str) -> tuple[int, int]:
         """What changes when a run is compared anew: time and size of its comparison."""
-        facts = self._existing("run", run_id).with_name("comparison.json").stat()
+        path = self._existing("run", run_id).with_name("comparison.json")
+        try:
+            facts = path.stat()
+        except OSError as error:
+            where = path.relative_to(self.root).as_posix()
+            raise _unreadable(where, error.strerror or str(error)) from error
         return facts.st_mtime_ns, facts.st_size
+
+    def has_run(self, pair_id: str, run_id: str) -> bool:
+        """Whether neither the run nor its pair was deleted."""
+        return self._file("pair", pair_id).is_file() and self._file("run", run_id).is_file()
 
     def run_folder(self, run_id: str) -> Path:
         return self._existing("run", run_id).parent
 
     def delete_run(self, run_id: str) -> None:
         """Removes a run with its model; its files vanish all at once."""
-        folder = self.run_folder(run_id)
-        with self.scratch() as scratch, _writing(f"the removal of run {run_id}"):
-            os.replace(folder, scratch / run_id)
+        self._discard([self.run_folder(run_id)])
+
+    def note(self, run_id: str) -> Note | None:
+        """What was written about a run; None where nothing was."""
+        kept = self._optional(self._existing("run", run_id).with_name("note.json")) or {}
+        texts = [kept.get(key) for key in ("text", "by", "written")]
+        text, by, written = (each if isinstance(each, str) else "" for each in texts)
+        return Note(text=text, by=by, written=written) if text else None
+
+    def save_note(self, run_id: str, text: str, by: str) -> None:
+        """Replaces what was written about a run; an empty text takes it away.
+
+        Args:
+            run_id: the run.
+            text: at most 20,000 characters.
+            by: the writer's address; "" in local mode.
+        """
+        if len(text) > LONGEST_NOTE:
+            raise ReportError(
+                f"the note has {len(text)} characters, expected at most {LONGEST_NOTE}",
+                hint="Shorten the note.",
+            )
+        path = self._existing("run", run_id).with_name("note.json")
+        note = Note(text=text.strip(), by=by, written=utc_now())
+        self._write_json(path, asdict(note))
 
     def detail(self, run_id: str, key: str) -> dict[str, Any] | None:
         """What `write_detail` kept under this key; None where it has to be computed."""
@@ -839,9 +1183,23 @@ class Workspace:
             )
         return path
 
+    @contextmanager
+    def _writing_of(self, path: Path, what: str) -> Iterator[None]:
+        """Tells a folder that was deleted meanwhile from one that cannot be written."""
+        try:
+            with _writing(what):
+                yield
+        except ReportError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and not path.parent.is_dir():
+                raise ReportError(
+                    f"{what} cannot be kept: what it belongs to was deleted meanwhile",
+                    hint="Open the latest run, or load the models again.",
+                ) from error
+            raise
+
     def _listed(self, kind: type[_Record], name: str) -> tuple[list[_Record], list[ReportError]]:
         records, refused = [], []
-        for folder in sorted((self.root / f"{name}s").iterdir()):
+        for folder in self._entries(f"{name}s"):
             try:
                 records.append(self._record(kind, folder / f"{name}.json"))
             except ReportError as error:
@@ -895,10 +1253,10 @@ class Workspace:
                 f"{path.name} would hold NaN or infinity: {error}",
                 hint='Write non-finite numbers as "NaN", "Infinity" or "-Infinity".',
             ) from error
-        temporary = self.root / "temporary" / new_id()
-        with _writing(path.name):
+        with self._writing_of(path, path.name):
+            temporary = self._temporary()
             try:
-                with temporary.open("xb") as writer:
+                with open(temporary, "xb", opener=_private) as writer:
                     writer.write(text.encode("ascii"))
                     _sync(writer)
                 os.replace(temporary, path)
@@ -914,3 +1272,25 @@ def _with_paths(data: dict[str, Any], change: Callable[[str], str]) -> dict[str,
         if isinstance(part, dict) and isinstance(part.get("path"), str):
             changed[place] = {**part, "path": change(part["path"])}
     return changed
+
+
+def check_quota(workspace: Workspace, quota_bytes: int, more_bytes: int = 0) -> None:
+    """Refuses what would not fit any more into what one user may store.
+
+    Args:
+        workspace: the user's.
+        quota_bytes: `Settings.quota_bytes`.
+        more_bytes: what is about to be stored.
+
+    Raises:
+        QuotaError: the workspace would hold more than the quota.
+    """
+    used = workspace.size_bytes()
+    if used + more_bytes <= quota_bytes:
+        return
+    more = f", and {format_bytes(more_bytes)} more do not fit" if more_bytes else ""
+    raise QuotaError(
+        f"your workspace holds {format_bytes(used)} of the {format_bytes(quota_bytes)} that one "
+        f"user may store{more}",
+        hint="Delete pairs or runs that you no longer need.",
+    )

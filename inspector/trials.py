@@ -443,7 +443,8 @@ def _opened(folder: Path, key: str, kept: dict[Request, dict[int, NDArray[np.flo
     """
     file = folder / _NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        # Without what it lies in: that of a pair that was deleted meanwhile must not come back.
+        folder.mkdir(exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         whole_lines = [line for line in map(_read, lines) if line is not None]
         if whole_lines and whole_lines[0].get("key") != key:

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from inspector.web import lists, parts, precision, session, widgets
+from inspector.web import context, lists, parts, precision, session, widgets
 
 HEIGHT = 380
 
@@ -13,13 +13,13 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
 draft = session.draft(view.pair.id, view.run.exclusions)
 
 # show: what the run's list gained, or what the ticked one would
-widgets.context_bar(view)
+context.bar(view)
 gain = st.container()
 
 # ask: which nodes, by hand or by a search; by which recipe

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from inspector.web import graphs, sensitivity, session, times, widgets
+from inspector.web import context, graphs, sensitivity, session, times, widgets
 
 session.guard()
 
@@ -11,13 +11,13 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
 draft = session.draft(view.pair.id, view.run.exclusions)
 
 # show: the run's finding, or what the ticked nodes would give
-widgets.context_bar(view)
+context.bar(view)
 graphs.finding(view, draft)
 
 # get: both graphs, from the worker

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from inspector.errors import InspectorError
-from inspector.web import forms, parts, session, tasks, widgets
+from inspector.web import context, forms, parts, session, tasks, widgets
 
 session.guard()
 
@@ -13,12 +13,12 @@ view = session.view()
 # guard: without a pair only the form is shown
 if view is not None:
     # show: both sides and the feeds
-    widgets.context_bar(view)
+    context.bar(view)
     parts.pair(view)
 elif session.active_jobs():
-    widgets.nothing_loaded()
+    context.nothing_loaded()
 else:
-    widgets.empty_context_bar()
+    context.empty_bar()
     widgets.sentence("Load a float and a quantized model, or open a sample")
 
 # ask: a pair of one's own
@@ -45,23 +45,21 @@ with st.expander("Load your own models", expanded=view is None, key="load", on_c
                 )
                 if lacking:
                     st.caption(lacking, width="content")
-            if pressed:
+            if pressed and not lacking:
                 assert chosen is not None
-                assert chosen.float_path is not None
                 session.dismiss_problem()
-                session.follow(
-                    session.worker().submit(
-                        tasks.load_pair,
-                        session.root(),
-                        float_path=chosen.float_path,
-                        quantized_path=chosen.quantized_path,
-                        inputs=chosen.inputs,
-                        calibration=chosen.calibration,
-                        options=chosen.options,
-                        pair_title=chosen.title,
-                        title=f"Comparing {chosen.title}",
-                    ),
-                    "load",
+                chosen = forms.store(chosen)
+                session.submit(
+                    tasks.load_pair,
+                    session.own_root(),
+                    float_path=chosen.float_path,
+                    quantized_path=chosen.quantized_path,
+                    inputs=chosen.inputs,
+                    calibration=chosen.calibration,
+                    options=chosen.options,
+                    pair_title=chosen.title,
+                    title=f"Comparing {chosen.title}",
+                    purpose="load",
                 )
                 st.rerun()
 

@@ -9,10 +9,12 @@ from inspector.render import find_headline
 from inspector.web import (
     basis,
     causes,
+    context,
     diagnosed,
     facts,
     matches,
     session,
+    sharing,
     style,
     tables,
     times,
@@ -28,14 +30,15 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
 
 # show: the finding, four figures, one picture
 comparison = view.comparison
 headline = find_headline(comparison)
-widgets.context_bar(view)
+context.bar(view)
+sharing.note(view)
 widgets.sentence(headline.sentence, headline.severity)
 widgets.tiles(facts.overview_tiles(view, headline.output))
 

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from inspector.web import recipes, session, widgets
+from inspector.web import context, recipes, session
 
 session.guard()
 
@@ -11,12 +11,12 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
 
 # show: the best one and the figures of the selected one
-widgets.context_bar(view)
+context.bar(view)
 recipes.finding(view)
 
 # ask: try them, or make one the run

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from inspector.render import comparison_csv, comparison_json, dump_json, find_headline
-from inspector.web import basis, facts, graphs, session, tables, widgets
+from inspector.web import basis, context, facts, graphs, session, tables, widgets
 
 session.guard()
 
@@ -12,14 +12,14 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
 
 # show
 comparison = view.comparison
 headline = find_headline(comparison)
-widgets.context_bar(view)
+context.bar(view)
 widgets.sentence(headline.sentence, headline.severity)
 widgets.tiles(facts.overview_tiles(view, headline.output))
 stem = widgets.file_name(f"{view.pair.title}-run{view.run.number}")

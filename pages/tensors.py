@@ -6,6 +6,7 @@ from inspector import figures
 from inspector.comparison import ActivationError, WeightError
 from inspector.render import shorten_name
 from inspector.web import (
+    context,
     facts,
     lab,
     matches,
@@ -24,10 +25,10 @@ view = session.view()
 
 # guard
 if view is None:
-    widgets.nothing_loaded()
+    context.nothing_loaded()
     st.stop()
 assert view is not None
-widgets.context_bar(view)
+context.bar(view)
 record = view.record
 wanted = st.query_params.get("tensor", "")
 if wanted != view.tensor and matches.unmatched_of(view, wanted) is not None:

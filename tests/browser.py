@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
@@ -59,33 +59,62 @@ def served(
         script: that Streamlit is given, in the folder.
     """
     port = port or free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port),
-         "--server.headless", "true", "--server.baseUrlPath", base, *options],
-        cwd=folder,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}{base}"
+    process = started(folder, environment, *options, port=port, base=base, script=script)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/_stcore/health", timeout=1).close()
-                break
-            except (urllib.error.URLError, OSError):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the app did not start") from None
-                time.sleep(0.02)
-        yield address
+        yield f"http://127.0.0.1:{port}{base}"
     finally:
-        process.send_signal(signal.SIGTERM)
+        ended(process)
+
+
+def started(
+    folder: Path,
+    environment: Mapping[str, str],
+    *options: str,
+    port: int,
+    base: str = "",
+    script: str = "app.py",
+    within: Sequence[str] = (),
+    log: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """The process of a server that answers; arguments as `served`.
+
+    Args:
+        within: a command that runs the server, with its arguments before the server's.
+        log: where to add what the server says.
+
+    Raises:
+        RuntimeError: it ended, or did not answer within a minute.
+    """
+    with open(log or os.devnull, "ab") as said:
+        process = subprocess.Popen(
+            [*within, sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port),
+             "--server.headless", "true", "--server.baseUrlPath", base, *options],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdout=said,
+            stderr=said,
+        )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while True:
         try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            health = f"http://127.0.0.1:{port}{base}/_stcore/health"
+            urllib.request.urlopen(health, timeout=1).close()
+            return process
+        except (urllib.error.URLError, OSError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                ended(process)
+                raise RuntimeError("the app did not start") from None
+            time.sleep(0.02)
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server, by force where it does not end by itself."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from onnx import helper
 
 from inspector import hosting, workbench
 from inspector.store import FeedSource, Workspace
-from tests.browser import free_port, served
+from tests.browser import ended, free_port, served, started
 from tests.openid import Provider, running_provider
 from tests.samples import ROOT, array, floats, model, save
 from tests.stream import Tab
@@ -62,6 +63,23 @@ def fill(data: Path, address: str) -> str:
     )
 
 
+def load_files(
+    data: Path, address: str, float_model: Path, quantized: Path, inputs: Sequence[Path]
+) -> str:
+    """The id of a run in the person's workspace, of files that were put there beside the app."""
+    root = workspace_of(data, address)
+    workspace = Workspace(root)
+    feeds = workspace.add_feeds({each.name: each for each in inputs})
+    path = feeds if len(inputs) > 1 else feeds / inputs[0].name
+    return workbench.load_pair(
+        root,
+        float_path=workspace.add_model(float_model, float_model.name).path,
+        quantized_path=workspace.add_model(quantized, quantized.name).path,
+        inputs=FeedSource(kind="stored", path=str(path), title=watermark(address)),
+        title=watermark(address),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Portal:
     """A running portal.
@@ -70,11 +88,15 @@ class Portal:
         address: of the app, with its base path.
         data: its folder.
         provider: where people sign in; None where a header says who they are.
+        secret: that the proxy sends with the header; "" where it need not.
+        process: the server; None where it is not ours to know.
     """
 
     address: str
     data: Path
     provider: Provider | None = None
+    secret: str = ""
+    process: subprocess.Popen[bytes] | None = None
     cookies: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def identity(self, address: str) -> dict[str, dict[str, str]]:
@@ -82,7 +104,8 @@ class Portal:
         if not address:
             return {"headers": {}, "cookies": {}}
         if self.provider is None:
-            return {"headers": {HEADER: address}, "cookies": {}}
+            secret = {hosting.SECRET_HEADER: self.secret} if self.secret else {}
+            return {"headers": {HEADER: address, **secret}, "cookies": {}}
         if address not in self.cookies:
             self.cookies[address], _ = sign_in(self.address, address)
         return {"headers": {}, "cookies": self.cookies[address]}
@@ -121,17 +144,34 @@ def sign_in(app: str, address: str, page: str = "") -> tuple[dict[str, str], str
 
 @contextlib.contextmanager
 def header_portal(
-    data: Path, *options: str, environment: Mapping[str, str] | None = None
+    data: Path,
+    *options: str,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[Portal]:
-    """A portal behind a proxy on this machine."""
-    variables = {
+    """A portal behind a proxy on this machine; what it says is added to the log."""
+    variables = portal_variables(data, environment)
+    port = free_port()
+    process = started(ROOT, variables, *options, port=port, log=log)
+    try:
+        yield Portal(
+            address=f"http://127.0.0.1:{port}",
+            data=data,
+            secret=variables.get("QUANT_INSPECTOR_PROXY_SECRET", ""),
+            process=process,
+        )
+    finally:
+        ended(process)
+
+
+def portal_variables(data: Path, environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a portal that believes a header."""
+    return {
         "QUANT_INSPECTOR_MODE": "portal",
         "QUANT_INSPECTOR_DATA": str(data),
         "QUANT_INSPECTOR_AUTH": f"header:{HEADER}",
         **(environment or {}),
     }
-    with served(ROOT, variables, *options) as address:
-        yield Portal(address=address, data=data)
 
 
 @contextlib.contextmanager

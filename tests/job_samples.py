@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -130,3 +131,99 @@ def main_file(*, progress: Progress) -> str | None:
 
 def niceness(*, progress: Progress) -> int:
     return os.nice(0)
+
+
+def allocate(size: int, *, progress: Progress) -> int:
+    """The size of a block of memory that was asked for and not written to."""
+    import numpy as np
+
+    return np.empty(size, np.uint8).nbytes
+
+
+_kept: list[bytes] = []
+
+
+def keep(size: int, *, progress: Progress) -> int:
+    """Leaves a block behind when it ends, as a cache does; gives the process."""
+    _kept.append(b"x" * size)
+    return os.getpid()
+
+
+def expand(size: int, *, progress: Progress) -> None:
+    """Has ONNX Runtime make a tensor of this many bytes."""
+    import numpy as np
+    from onnx import helper
+
+    from inspector.runtime import open_session
+    from tests.samples import array, model
+
+    nodes = [helper.make_node("Expand", ["x", "shape"], ["y"], "expand")]
+    shape = array("shape", np.array([size // 4], np.int64))
+    made = model(nodes, [("x", [1])], [("y", ["n"])], [shape])
+    open_session(made, optimized=False).run({"x": np.ones(1, np.float32)})
+
+
+def spread(size: int, count: int, *, progress: Progress) -> None:
+    """Has several processes hold a block of memory each, one process none too many."""
+    code = f"import time; block = b'x' * {size}; time.sleep(60)"
+    for process in [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]:
+        process.wait()
+
+
+def connect(address: tuple[str, int], *, progress: Progress) -> None:
+    socket.create_connection(address, timeout=5).close()
+
+
+def start(*, progress: Progress) -> int:
+    """The id of a process that was started and left alone."""
+    return subprocess.Popen(["sleep", "60"]).pid
+
+
+def start_hidden(*, progress: Progress) -> int:
+    """The id of a process whose parent has ended, so that it is nobody's child."""
+    shell = ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"]
+    return int(subprocess.run(shell, capture_output=True, check=True).stdout)
+
+
+def start_and_sleep(file: Path, *, progress: Progress) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    file.write_text(str(process.pid))
+    time.sleep(60)
+
+
+def leave_the_group(*, progress: Progress) -> None:
+    subprocess.Popen(["sleep", "60"], start_new_session=True)
+
+
+def limits(*, progress: Progress) -> dict[str, Any]:
+    import resource
+
+    status = Path("/proc/self/status").read_text()
+    return {
+        "core": resource.getrlimit(resource.RLIMIT_CORE),
+        "rights": status.split("NoNewPrivs:")[1].split()[0],
+    }
+
+
+def die_half_way(
+    task: str, root: Path, *, progress: Progress, least: int = 0, **kwargs: Any
+) -> None:
+    """A task of the app, killed when it says that half of it is done and has kept some trials."""
+    from inspector.web import tasks
+
+    def dying(fraction: float, message: str) -> None:
+        progress(fraction, message)
+        kept = sum(len(file.read_bytes().splitlines()) for file in root.rglob("trials.jsonl"))
+        if fraction >= 0.5 and kept >= least:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    getattr(tasks, task)(root, progress=dying, **kwargs)
+
+
+def tell(task: str, *args: Any, progress: Progress, **kwargs: Any) -> list[str]:
+    """What a task of the app says while it runs."""
+    from inspector.web import tasks
+
+    said: list[str] = []
+    getattr(tasks, task)(*args, progress=lambda _, message: said.append(message), **kwargs)
+    return said

@@ -45,8 +45,9 @@ ORDER = (
     *("freed_effects", "rewrite", "freed_file", "preview", "recipe_table"),
     *("trials", "sensitivity", "noise_model", "search_result", "search", "real_files", "cluster"),
     *("findings", "weight_rules", "activation_rules", "diagnosis"),
-    *("figures", "render", "node_figures", "store", "details", "workbench", "live", "jobs"),
-    *("guard", "hosting", "cli", "web"),
+    *("figures", "render", "node_figures", "store", "details", "workbench", "live"),
+    *("logs", "confinement", "jobs"),
+    *("guard", "hosting", "index", "audit", "housekeeping", "backup", "cli", "web"),
 )
 
 

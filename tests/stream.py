@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import secrets
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from http.cookies import SimpleCookie
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
+import httpx
+from streamlit.proto.Alert_pb2 import Alert
 from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.Delta_pb2 import Delta
+from streamlit.proto.Element_pb2 import Element
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+from streamlit.proto.WidgetStates_pb2 import WidgetState
 from websockets.sync.client import ClientConnection, connect
 
 PATIENCE_SECONDS = 60.0
@@ -38,6 +46,7 @@ class Tab:
         origin: str | None = None,
         session_id: str = "",
     ) -> None:
+        self._address = address
         self.headers = dict(headers or {})
         self.cookies = dict(cookies or {})
         self.received: list[bytes] = []
@@ -137,3 +146,221 @@ class Tab:
         while self.receive(deadline - time.monotonic()).WhichOneof("type") != "script_finished":
             continue
         return b"\n".join(self.received[start:])
+
+
+class UploadRefused(Exception):
+    """What the server said to an upload that it does not take."""
+
+
+class Visitor(Tab):
+    """A tab that goes from page to page and works there, as a browser does for a person.
+
+    It keeps the address and the widgets' values, and asks again where a page said that it wants to
+    be asked (`st.fragment(run_every=...)`).
+
+    Args:
+        see: is given every message as it comes; what came is not kept otherwise.
+    """
+
+    def __init__(
+        self, address: str, *, see: Callable[[bytes], None] = lambda _: None, **more: Any
+    ) -> None:
+        self._see = see
+        self.ids: dict[str, str] = {}
+        self.errors: list[str] = []
+        self._values: dict[str, WidgetState] = {}
+        # By fragment: seconds between two questions, and when the next is due.
+        self._timers: dict[str, tuple[float, float]] = {}
+        self._pages: dict[str, str] = {}
+        self._page, self._query = "", ""
+        # Where the fields of the page take files, by their keys.
+        self.inboxes: dict[str, str] = {}
+        # What the page consists of, from its last run from the top.
+        self._run, self._is_whole = bytearray(), True
+        super().__init__(address, **more)
+
+    def visit(self, page: str, query: str | None = None) -> bytes:
+        """The page; with the run and the tensor that are looked at.
+
+        Args:
+            page: its address.
+            query: of the address; None for what it is now.
+        """
+        if query is not None:
+            self._query = query
+        self._values.clear()
+        self.ids.clear()
+        if page in self._pages:
+            self._page = self._pages[page]
+            return self._rerun()
+        return self._rerun(page_name=page)
+
+    def click(self, key: str) -> bytes:
+        """The page after a press of the button of this key."""
+        return self._rerun(WidgetState(id=self.ids[key], trigger_value=True))
+
+    def choose(self, key: str, **value: Any) -> bytes:
+        """The page after a widget was given a value, by the name of its field."""
+        state = WidgetState(id=self.ids[key], **value)
+        self._values[state.id] = state
+        return self._rerun()
+
+    def upload(
+        self, key: str, files: Iterable[Path], *, pace: Callable[[int], None] = lambda _: None
+    ) -> bytes:
+        """The page after files were sent to one of its fields, as the field's script sends them.
+
+        Raises:
+            UploadRefused: the server takes one of them no further.
+        """
+        parts = urlsplit(self._address)
+        for file in files:
+            answer = send_file(
+                f"{parts.scheme}://{parts.netloc}{self.inboxes[key]}",
+                file,
+                headers={**self.headers, "Cookie": self.cookie_header()},
+                pace=pace,
+            )
+            if answer.status_code != 200:
+                raise UploadRefused(f"{answer.status_code}: {answer.text}")
+        return self._rerun()
+
+    def finish(self, patience: float = PATIENCE_SECONDS) -> bytes:
+        """The page once it no longer wants to be asked again: nothing is under way any more.
+
+        Raises:
+            TimeoutError: the patience was used up.
+        """
+        deadline = time.monotonic() + patience
+        while self.is_waiting:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the page still waits after {patience:g} s")
+            self.tick()
+        return bytes(self._run)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the page wants to be asked again."""
+        return bool(self._timers)
+
+    @property
+    def query(self) -> dict[str, str]:
+        """The query of the address."""
+        return dict(parse_qsl(self._query))
+
+    def tick(self) -> bytes:
+        """The page after it was asked again, once, as it wanted."""
+        fragment = min(self._timers, key=lambda each: self._timers[each][1])
+        interval, due = self._timers[fragment]
+        time.sleep(max(0.0, due - time.monotonic()))
+        self._timers[fragment] = interval, time.monotonic() + interval
+        return self._rerun(fragment_id=fragment, is_auto_rerun=True)
+
+    def _rerun(self, *triggers: WidgetState, **more: Any) -> bytes:
+        said = BackMsg()
+        rerun = said.rerun_script
+        rerun.query_string = self._query
+        if "page_name" not in more:
+            rerun.page_script_hash = self._page
+        for name, value in more.items():
+            setattr(rerun, name, value)
+        rerun.widget_states.widgets.extend([*self._values.values(), *triggers])
+        self._connection.send(said.SerializeToString())
+        status = ForwardMsg.FINISHED_EARLY_FOR_RERUN
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while status == ForwardMsg.FINISHED_EARLY_FOR_RERUN:
+            message = self.receive(deadline - time.monotonic())
+            if message.WhichOneof("type") == "script_finished":
+                status = message.script_finished
+        return bytes(self._run)
+
+    def receive(self, timeout: float = PATIENCE_SECONDS) -> ForwardMsg:
+        """The next message."""
+        message = super().receive(timeout)
+        content = self.received.pop()
+        self.elements.clear()
+        self._see(content)
+        kind = message.WhichOneof("type")
+        if kind == "new_session":
+            self._is_whole = not message.metadata.run.fragment_ids
+            if self._is_whole:
+                self._timers.clear()
+                self._run.clear()
+        elif kind == "navigation":
+            self._page = message.navigation.page_script_hash
+            self._pages = {
+                each.url_pathname: each.page_script_hash for each in message.navigation.app_pages
+            }
+        elif kind == "page_info_changed":
+            self._query = message.page_info_changed.query_string
+        elif kind == "auto_rerun":
+            interval = message.auto_rerun.interval
+            self._timers[message.auto_rerun.fragment_id] = interval, time.monotonic() + interval
+        elif kind == "stop_auto_rerun":
+            self._timers.pop(message.stop_auto_rerun.fragment_id, None)
+        elif kind == "delta":
+            self._note(message.delta)
+        if self._is_whole:
+            self._run += content
+        return message
+
+    def _note(self, delta: Delta) -> None:
+        element = delta.new_element
+        kind = element.WhichOneof("type")
+        if kind == "exception" or (kind == "alert" and element.alert.format == Alert.ERROR):
+            self.errors.append(str(getattr(element, kind))[:500])
+        if kind == "bidi_component":
+            given = json.loads(element.bidi_component.json or "{}")
+            if isinstance(given, dict) and "field" in given:
+                self.inboxes[given["field"]] = given["address"]
+        widget = getattr(element, kind).id if kind in _WITH_ID else ""
+        if widget:
+            # The key that the page gave it stands last in an id.
+            self.ids[widget.split("-", 2)[-1]] = widget
+
+
+_WITH_ID = {
+    field.name
+    for field in Element.DESCRIPTOR.fields
+    if field.message_type and "id" in field.message_type.fields_by_name
+}
+
+
+CHUNK_BYTES = 1 << 20
+
+
+def send_file(
+    inbox: str,
+    file: Path,
+    *,
+    headers: Mapping[str, str],
+    pace: Callable[[int], None] = lambda _: None,
+) -> httpx.Response:
+    """The answer to the last chunk of a file, or to the first one that was refused.
+
+    Args:
+        inbox: the address of the field.
+        file: to be sent.
+        headers: of every request.
+        pace: is told, before each chunk, how many bytes were taken so far.
+    """
+    size, offset, one = file.stat().st_size, 0, secrets.token_hex(16)
+    with (
+        httpx.Client(headers=dict(headers), timeout=PATIENCE_SECONDS) as client,
+        file.open("rb") as f,
+    ):
+        while True:
+            pace(offset)
+            answer = client.put(
+                f"{inbox}/{one}",
+                content=f.read(CHUNK_BYTES),
+                headers={
+                    "Upload-Name": quote(file.name),
+                    "Upload-Length": str(size),
+                    "Upload-Offset": str(offset),
+                },
+            )
+            if answer.status_code != 200 or answer.json()["done"]:
+                return answer
+            offset = answer.json()["offset"]
+            f.seek(offset)

@@ -8,11 +8,13 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,19 @@ from inspector.grid_schemes import SCHEMES
 from inspector.lab import compare_schemes, trial
 
 INF, NAN = math.inf, math.nan
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checked_by_plotly() -> Iterator[None]:
+    """Plotly checks every figure here; pages save that time."""
+    figure = go.Figure
+
+    def checked(**given: Any) -> go.Figure:
+        return figure(layout=given["layout"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(go, "Figure", checked)
+        yield
 
 
 def activation(

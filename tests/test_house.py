@@ -25,7 +25,7 @@ SOURCES = sorted(
 )
 TOP_LEVEL = {
     *("app.py", "pyproject.toml", "inspector", "pages", "tests", "sample_models"),
-    *("README.md", "LICENSE", "CHANGELOG.md"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "Containerfile"),
 }
 # Who may import what; names are modules of inspector/, "web", "pages" and "app".
 DOORS = {
@@ -129,7 +129,8 @@ def test_nothing_is_caught_broadly() -> None:
     # Where anything at all may come from outside (a job, ONNX Runtime's pre-processing, ONNX's
     # reference evaluator), the line says why. Elsewhere a broad clause may only clean up and raise
     # again.
-    borders = {"jobs", "prepare", "folding"}
+    # (The web's tasks are what jobs call.)
+    borders = {"jobs", "prepare", "folding", "web"}
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):

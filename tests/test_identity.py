@@ -234,15 +234,12 @@ def test_a_user_keeps_the_addresses_that_were_sent_last() -> None:
     found = gate_of(BEHIND_PROXY)
     for number in range(gate.KEPT_ADDRESSES + 1):
         found._note("ada", b"\x12\x3a/media/%056x.png" % number)
-    found._note("bob", b"url /_stcore/upload_file/5-e/7-f\x1a\x02")
     ada = identity.User(address="a", key="ada")
     bob = identity.User(address="b", key="bob")
     for user, name, there in (
         (ada, f"media/{1:056x}.png", True),
         (ada, f"media/{0:056x}.png", False),
         (bob, f"media/{1:056x}.png", False),
-        (bob, "_stcore/upload_file/5-e/7-f", True),
-        (bob, "_stcore/upload_file/5-e/7-f/x", False),
         (ada, "_stcore/upload_file/5-e/7-f", False),
         (bob, "overview", True),
     ):
@@ -268,21 +265,6 @@ def test_every_page_asks_the_guard_before_anything_else(page: Path) -> None:
         assert not isinstance(each, ast.Assign) or not [
             part for part in ast.walk(each) if isinstance(part, ast.Call)
         ]
-
-
-def test_no_upload_is_larger_than_the_settings_allow(
-    portal_variables: pytest.MonkeyPatch,
-) -> None:
-    kept = config.get_option("server.maxUploadSize")
-    try:
-        portal_variables.setenv("QUANT_INSPECTOR_UPLOAD_LIMIT", "50 MB")
-        identity.checked_settings()
-        assert config.get_option("server.maxUploadSize") == 47
-        portal_variables.setenv("QUANT_INSPECTOR_UPLOAD_LIMIT", "50 GB")
-        identity.checked_settings()
-        assert config.get_option("server.maxUploadSize") == 47, "Streamlit's own limit stays"
-    finally:
-        config.set_option("server.maxUploadSize", kept)
 
 
 def test_what_a_form_names_has_to_lie_in_the_users_own_workspace(

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from inspector import jobs
+from inspector.confinement import Confinement
 from inspector.errors import Cancelled, FeedError, RunError
-from inspector.jobs import KEPT_JOBS, Worker
+from inspector.jobs import KEPT_JOBS, JobStatus, Worker
 from tests import job_samples
 
 SECONDS = 20.0  # far more than anything here takes
@@ -384,6 +387,184 @@ def test_modules_are_imported_and_niceness_is_set_before_the_first_job() -> None
         assert nice == min(19, os.nice(0) + 3)
 
 
+# ── limits ───────────────────────────────────────────────────────────────────────────────────
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the limits are those of Linux")
+LIMIT = 400_000_000
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[Worker]:
+    with Worker(memory_bytes=LIMIT) as worker:
+        yield worker
+
+
+def listening() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+@on_linux
+@pytest.mark.parametrize("hungry", [job_samples.allocate, job_samples.expand])
+def test_a_job_that_needs_too_much_memory_fails_with_the_limit_in_its_error(
+    limited: Worker, hungry: Callable[..., Any]
+) -> None:
+    job = limited.submit(hungry, 2 * LIMIT, title="calibrating digits")
+    with pytest.raises(RunError) as caught:
+        limited.result(job, SECONDS)
+    expected = "calibrating digits needed more than 0.4 GB of memory, the most that a job may use"
+    assert caught.value.message == f"{expected} here"
+    assert caught.value.hint == "Use fewer or smaller samples, or a smaller model."
+    assert limited.result(limited.submit(hungry, 1 << 20), SECONDS) in (1 << 20, None)
+
+
+@on_linux
+def test_what_earlier_jobs_left_behind_does_not_count_against_the_next() -> None:
+    with Worker(memory_bytes=LIMIT) as worker:
+        first = worker.result(worker.submit(job_samples.keep, LIMIT // 4), SECONDS)
+        assert worker.result(worker.submit(job_samples.keep, LIMIT // 2), SECONDS) == first
+        needing = worker.submit(job_samples.keep, LIMIT // 2, title="too much for both")
+        assert worker.result(needing, SECONDS) != first
+
+
+@on_linux
+def test_the_memory_of_what_a_job_starts_counts_as_well(limited: Worker) -> None:
+    job = limited.submit(job_samples.spread, LIMIT // 4, 6, title="starting helpers")
+    with pytest.raises(RunError, match=r"helpers needed more than 0\.4 GB of memory"):
+        limited.result(job, SECONDS)
+
+
+def test_a_job_that_takes_too_long_is_asked_to_stop_and_its_error_names_the_limit(
+    tmp_path: Path,
+) -> None:
+    with Worker(seconds=0.8) as worker:
+        before = worker.result(worker.submit(job_samples.process_id), SECONDS)
+        job = worker.submit(job_samples.step_until_cancelled, tmp_path / "begun", title="searching")
+        with pytest.raises(RunError) as caught:
+            worker.result(job, SECONDS)
+        assert caught.value.message == (
+            "searching was stopped after 0.8 seconds, the longest that a job may take here"
+        )
+        assert caught.value.hint == "Use fewer samples or a smaller model."
+        assert worker.status(job).state == "failed"
+        assert worker.result(worker.submit(job_samples.process_id), SECONDS) == before
+
+
+def test_a_job_that_does_not_listen_is_ended_by_force_when_it_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "CANCEL_SECONDS", 0.1)
+    with Worker(seconds=1.0) as worker:
+        job = worker.submit(job_samples.touch_and_sleep, tmp_path / "begun", 60.0)
+        process = written(tmp_path / "begun")
+        with pytest.raises(RunError, match=r"was stopped after 1 seconds"):
+            worker.result(job, SECONDS)
+        assert not is_alive(process)
+
+
+def test_the_time_of_a_job_does_not_run_while_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "CANCEL_SECONDS", 0.05)
+    with Worker(seconds=1.5) as worker:
+        sleeps = [
+            worker.submit(job_samples.touch_and_sleep, tmp_path / str(at), 0.4) for at in range(5)
+        ]
+        assert [worker.wait(job, SECONDS).state for job in sleeps] == ["done"] * 5
+
+
+def test_a_job_opens_no_connection_without_the_network() -> None:
+    with Worker(network=False) as worker, listening() as server:
+        job = worker.submit(job_samples.connect, server.getsockname())
+        status = worker.wait(job, SECONDS)
+        assert worker.confinement is not None
+        if worker.confinement.network:
+            pytest.skip("this system does not let a process give up the network")
+        assert status.error is not None
+        assert "PermissionError" in status.error.message
+
+
+def test_a_job_opens_a_connection_where_it_may() -> None:
+    with Worker() as worker, listening() as server:
+        assert worker.confinement is None, "nothing is known before there is a process"
+        assert (
+            worker.result(worker.submit(job_samples.connect, server.getsockname()), SECONDS) is None
+        )
+        assert worker.confinement == Confinement(memory_bytes=None, network=True)
+
+
+@on_linux
+def test_no_job_gets_more_rights_or_leaves_its_memory_on_the_disk(shared: Worker) -> None:
+    found = shared.result(shared.submit(job_samples.limits), SECONDS)
+    assert found == {"core": (0, 0), "rights": "1"}
+
+
+@on_linux
+@pytest.mark.parametrize("start", [job_samples.start, job_samples.start_hidden])
+def test_what_a_job_has_started_ends_with_the_job(
+    shared: Worker, start: Callable[..., int]
+) -> None:
+    child = shared.result(shared.submit(start), SECONDS)
+    until(lambda: not is_alive(child))
+
+
+@on_linux
+def test_what_a_job_has_started_ends_with_a_worker_that_is_killed(
+    worker: Worker, tmp_path: Path
+) -> None:
+    worker.submit(job_samples.start_and_sleep, tmp_path / "child")
+    child = written(tmp_path / "child")
+    assert is_alive(child)
+    worker.close()
+    until(lambda: not is_alive(child))
+
+
+@on_linux
+def test_what_a_job_starts_cannot_leave_what_is_ended_with_it(shared: Worker) -> None:
+    with pytest.raises(RunError, match="PermissionError"):
+        shared.result(shared.submit(job_samples.leave_the_group), SECONDS)
+
+
+# ── what is told of a job ────────────────────────────────────────────────────────────────────
+
+
+def test_a_waiting_job_knows_how_many_are_before_it(worker: Worker, tmp_path: Path) -> None:
+    running = worker.submit(job_samples.touch_and_sleep, tmp_path / "begun", 60.0)
+    waiting = [worker.submit(job_samples.process_id) for _ in range(3)]
+    written(tmp_path / "begun")
+    assert worker.status(running).ahead == 0
+    assert [worker.status(job).ahead for job in waiting] == [1, 2, 3]
+    worker.cancel(waiting[0])
+    assert [worker.status(job).ahead for job in waiting] == [0, 1, 2]
+
+
+def test_each_end_is_told_once_and_none_that_closing_brings(tmp_path: Path) -> None:
+    ends: list[tuple[str, str]] = []
+
+    def on_end(status: JobStatus) -> None:
+        worker.jobs()  # which waits for what the worker holds while it looks
+        ends.append((status.title, status.state))
+        if status.title == "fails":
+            raise RuntimeError("the worker goes on")
+
+    worker = Worker()
+    submit = functools.partial(worker.submit, on_end=on_end)
+    submit(job_samples.fail_with_hint, title="fails")
+    submit(job_samples.add, 1, 1, title="adds")
+    submit(job_samples.die, int(signal.SIGKILL), title="dies")
+    submit(job_samples.touch_and_sleep, tmp_path / "begun", 60.0, title="sleeps")
+    worker.cancel(submit(job_samples.add, 1, 1, title="waits"))
+    submit(job_samples.add, 1, 1, title="waits on")
+    written(tmp_path / "begun")
+    until(lambda: len(ends) == 4)
+    worker.close()
+    assert sorted(ends) == [
+        ("adds", "done"),
+        ("dies", "failed"),
+        ("fails", "failed"),
+        ("waits", "cancelled"),
+    ]
+
+
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -409,10 +590,11 @@ def test_the_process_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_the_process_ends_with_its_pipe_where_the_kernel_sends_no_signal(tmp_path: Path) -> None:
     """As on systems other than Linux."""
-    command = "import inspector.jobs as j; j._die_with_parent = lambda: None; j._serve()"
+    command = "import inspector.jobs as j; j.die_with_parent = lambda: None; j._serve()"
+    options = {"niceness": 0, "preload": [], "memory_bytes": None, "network": True}
     paths = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.Popen(
-        [sys.executable, "-c", command, "0"],
+        [sys.executable, "-c", command, json.dumps(options)],
         env={**os.environ, "PYTHONPATH": paths},
         stdin=subprocess.PIPE,
     )

@@ -34,6 +34,7 @@ from inspector.errors import Cancelled, ModelError
 from inspector.render import comparison_json, format_db, read_comparison, read_number
 from inspector.store import PROFILE_KEY, FeedSource, Workspace
 from inspector.web import forms, graphs, session, tables, tasks
+from inspector.web.uploads import Uploaded
 from inspector.web.words import md_code, md_text
 from tests.samples import ROOT, array, floats, model, qdq_of, save
 
@@ -855,12 +856,11 @@ def test_before_and_after_are_of_one_recipe(loaded: Workspace) -> None:
 
 
 def test_two_models_on_one_side_are_refused(empty: Workspace) -> None:
-    class File:
-        def __init__(self, name: str) -> None:
-            self.name, self.file_id = name, name
-
+    files = [
+        Uploaded(id=name, name=name, size_bytes=1, path=Path(name)) for name in ("a.onnx", "b.onnx")
+    ]
     with pytest.raises(ModelError, match=r"2 \.onnx files"):
-        forms._store_model([File("a.onnx"), File("b.onnx")], "float")
+        forms._uploaded_model(files, "float")
 
 
 def test_a_recipe_is_said_in_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,6 +226,29 @@ def test_what_nobody_used_for_twelve_hours_is_forgotten() -> None:
     assert shelf.put("unused", "n") != unused
 
 
+def test_a_file_to_save_comes_in_pieces_under_its_name(client: TestClient, tmp_path: Path) -> None:
+    path, content = tmp_path / "m.onnx", bytes(range(256)) * 1000
+    path.write_bytes(content)
+    name = 'a"b\r\nX: y/модель\ud800.onnx'
+    for offered in (path, content):
+        address = routes.offer(offered, "application/octet-stream", "run", file_name=name)
+        answer = client.get(address)
+        assert answer.content == content
+        assert answer.headers["content-disposition"] == (
+            "attachment; filename*=utf-8''a%22b%0D%0AX%3A%20y%2F"
+            "%D0%BC%D0%BE%D0%B4%D0%B5%D0%BB%D1%8C%3F.onnx"
+        )
+        assert "x" not in answer.headers
+        shown = routes.offer(offered, "application/octet-stream", "run")
+        assert shown != address
+        assert "content-disposition" not in client.get(shown).headers
+    part = client.get(
+        routes.offer(path, "application/octet-stream", "run", file_name=name),
+        headers={"Range": "bytes=256-511"},
+    )
+    assert (part.status_code, part.content) == (206, content[256:512])
+
+
 def test_only_get_reaches_held_content(client: TestClient) -> None:
     address = routes.offer(b"x", "text/plain", "a")
     for method in ("POST", "PUT", "DELETE"):
@@ -388,8 +412,13 @@ def test_a_harmless_svg_is_taken(inside: str) -> None:
     assert routes.picture_problem(svg(inside), routes.SVG) == ""
 
 
-def test_the_package_carries_the_files_of_the_panes() -> None:
+def test_the_package_carries_the_files_of_the_components() -> None:
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert '"inspector.web" = ["graph/*.js", "graph/*.css"]' in text
-    for name in ("bridge.js", "panes.js", "panes.css"):
-        assert routes.BRIDGE.with_name(name).is_file()
+    web = tomllib.loads(text)["tool"]["setuptools"]["package-data"]["inspector.web"]
+    assert web == ["graph/*.js", "graph/*.css", "upload/*.js", "upload/*.css"]
+    for folder, names in (
+        ("graph", ("bridge.js", "panes.js", "panes.css")),
+        ("upload", ("field.js", "field.css")),
+    ):
+        for name in names:
+            assert (routes.BRIDGE.parents[1] / folder / name).is_file()

@@ -504,8 +504,9 @@ def test_what_killed_processes_left_is_removed_after_a_day(workspace: Workspace)
         (temporary / name).mkdir()
         (temporary / name / "half.onnx").write_bytes(BYTES)
         (temporary / f"{name}.json").write_text("{")
-    for name in ("old", "old.json"):
+    for name in ("old/half.onnx", "old", "old.json"):
         os.utime(temporary / name, (time.time() - 90_000,) * 2)
+    os.utime(temporary / "young", (time.time() - 90_000,) * 2)  # its file is not old
     Workspace(workspace.root)
     assert sorted(entry.name for entry in temporary.iterdir()) == ["young", "young.json"]
 

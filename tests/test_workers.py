@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from inspector.errors import ReportError, RunError
 from inspector.jobs import Worker
 from inspector.web.workers import FRESH_SECONDS, Workers
 from tests import job_samples
@@ -29,7 +32,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def workers(clock: Clock) -> Iterator[Workers]:
-    found = Workers(Worker, clock)
+    found = Workers(lambda _: Worker(), clock)
     yield found
     found.close()
 
@@ -111,8 +114,126 @@ def test_one_that_was_asked_for_just_now_is_left_to_its_asker(
     assert worker.is_alive
 
 
+def test_one_whose_job_a_page_has_just_looked_at_is_left_for_its_answer(
+    workers: Workers, clock: Clock
+) -> None:
+    worker = workers.get(ADA, "main")
+    job = worker.submit(job_samples.add, 1, 2)
+    worker.wait(job, 60)
+    working(workers.get(BOB, "main"))
+    clock.now = 2 * FRESH_SECONDS
+    assert workers.holder(ADA, job) is worker
+    assert workers.tidy(idle_seconds=1.0, most=1) == 1
+    assert worker.is_alive
+
+
+# ── jobs that count ──────────────────────────────────────────────────────────────────────────
+
+
+def counted(
+    workers: Workers, file: Path, *, root: Path = ADA, role: str = "main", most: int = 2
+) -> str:
+    """The id of a job that goes on until it is stopped."""
+    return workers.submit(
+        root,
+        role,
+        job_samples.step_until_cancelled,
+        file,
+        most=most,
+        title="searching",
+        on_begin=lambda _: None,
+        on_end=lambda _: None,
+    )
+
+
+def test_a_workspace_has_so_many_unfinished_jobs_and_no_more_over_all_roles(
+    workers: Workers, tmp_path: Path
+) -> None:
+    first = counted(workers, tmp_path / "1")
+    second = counted(workers, tmp_path / "2", role="other")
+    with pytest.raises(RunError) as caught:
+        counted(workers, tmp_path / "3", role="third")
+    assert "searching is not started: 2 of your jobs have not ended" in caught.value.message
+    assert "2 may be under way at once" in caught.value.message
+    assert caught.value.hint.startswith("Press Stop beside a job at the left")
+    assert [job.id for job in workers.unfinished(ADA)] == [first, second]
+
+    worker = workers.holder(ADA, second)
+    assert worker is not None
+    worker.cancel(second)  # as the hint says
+    worker.wait(second, 60)
+    third = counted(workers, tmp_path / "3")
+    assert [job.id for job in workers.unfinished(ADA)] == [first, third]
+
+
+def test_the_refusal_tells_running_jobs_from_waiting_ones(workers: Workers, tmp_path: Path) -> None:
+    running = counted(workers, tmp_path / "1")
+    counted(workers, tmp_path / "2")
+    worker = workers.get(ADA, "main")
+    while worker.status(running).state != "running":
+        time.sleep(0.01)
+    with pytest.raises(RunError, match=r"\(1 running, 1 waiting\)"):
+        counted(workers, tmp_path / "3")
+
+
+def test_neither_questions_nor_jobs_of_others_count(workers: Workers, tmp_path: Path) -> None:
+    workers.get(ADA, "main").submit(job_samples.step_until_cancelled, tmp_path / "question")
+    counted(workers, tmp_path / "1", root=BOB, most=1)
+    counted(workers, tmp_path / "2", root=ADA, most=1)
+    with pytest.raises(RunError, match="1 of your jobs"):
+        counted(workers, tmp_path / "3", root=ADA, most=1)
+
+
+def test_of_many_at_once_no_more_are_taken_than_may_be(workers: Workers, tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def submit(number: int) -> None:
+        with contextlib.suppress(RunError):
+            taken.append(counted(workers, tmp_path / str(number), role=str(number), most=3))
+
+    threads = [threading.Thread(target=submit, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 3
+
+
+def test_a_job_that_cannot_be_remembered_is_not_started(workers: Workers, tmp_path: Path) -> None:
+    def refuse(_: str) -> None:
+        raise ReportError("the disk is full", hint="Free some space.")
+
+    with pytest.raises(ReportError, match="the disk is full"):
+        workers.submit(
+            ADA,
+            "main",
+            job_samples.append_line,
+            tmp_path / "log",
+            "ran",
+            most=9,
+            title="writing",
+            on_begin=refuse,
+            on_end=lambda _: None,
+        )
+    assert workers.unfinished(ADA) == ()
+    working(workers.get(ADA, "main"))
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_job_is_found_in_the_workspace_it_belongs_to_and_in_no_other(
+    workers: Workers, tmp_path: Path
+) -> None:
+    job = counted(workers, tmp_path / "1", role="other")
+    assert workers.holder(ADA, job) is workers.get(ADA, "other")
+    assert workers.holder(BOB, job) is None
+    assert workers.holder(ADA, "no such job") is None
+
+
+# ── the keeper ───────────────────────────────────────────────────────────────────────────────
+
+
 def test_the_keeper_tidies_by_itself_until_all_are_closed() -> None:
-    workers = Workers(Worker)
+    workers = Workers(lambda _: Worker())
     mine = workers.get(ADA, "main")
     workers.keep_tidy(idle_seconds=0.0, most=9, every_seconds=0.05)
     workers.keep_tidy(idle_seconds=0.0, most=9, every_seconds=0.05)

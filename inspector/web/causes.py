@@ -45,11 +45,13 @@ def offer(view: View) -> None:
         "Measure where errors begin",
         key="measure-causes",
         icon=":material/target:",
-        disabled=_job(view) is not None,
+        disabled=_job(view) is not None or not session.may_edit(),
         on_click=_measure,
         args=(view,),
-        help="Two more runs per sample: each node alone, and the error it adds. It takes about as "
-        "long as comparing did.",
+        help=session.edit_hint(
+            "Two more runs per sample: each node alone, and the error it adds. It takes about as "
+            "long as comparing did."
+        ),
     )
 
 
@@ -91,7 +93,6 @@ def _measure(view: View) -> None:
     session.dismiss_problem()
     st.session_state[_CHOICE] = CAUSES
     # With the jobs that replace a run's comparison in other ways, so that none undoes another.
-    job_id = session.worker().submit(
-        tasks.isolate, session.root(), run_id=view.run.id, title=_title(view)
+    session.submit(
+        tasks.isolate, session.root(), run_id=view.run.id, title=_title(view), purpose="isolate"
     )
-    session.follow(job_id, "isolate")

@@ -8,6 +8,7 @@ from typing import Any
 
 import streamlit as st
 
+from inspector import store
 from inspector.comparison import ActivationError, OutputError
 from inspector.render import format_db, read_number, shorten_name
 from inspector.web import session, tasks, widgets, words
@@ -30,15 +31,7 @@ def panel(view: View, parts: OutputError | ActivationError | None, *, key: str) 
         parts: a tensor whose parts are shown below them; None for none.
         key: of the element.
     """
-    answer = session.ask(
-        ("findings", view.run.id, session.workspace().comparison_stamp(view.run.id)),
-        tasks.diagnose_run,
-        session.root(),
-        run_id=view.run.id,
-        title="Looking for causes",
-        role="looking",
-        patience=0.3,
-    )
+    answer = _findings(view)
     with st.container(key=key, gap="xsmall", border=True, height=HEIGHT):
         if answer.job is not None:
             widgets.waiting(answer.job, height=HEIGHT - 60, key="findings")
@@ -59,6 +52,23 @@ def panel(view: View, parts: OutputError | ActivationError | None, *, key: str) 
             with st.expander(widgets.count(len(rest), "more finding"), key=f"{key}-rest"):
                 for place, each in enumerate(rest):
                     _row(view, each, key=f"{key}-rest-{place}")
+
+
+def _findings(view: View) -> session.Answer:
+    """From the store where they were found before, which costs no worker, else from a worker."""
+    stamp = session.workspace().comparison_stamp(view.run.id)
+    kept = session.workspace().detail(view.run.id, store.FINDINGS_KEY)
+    if kept is not None and kept.get("stamp") == list(stamp):
+        return session.Answer(value=kept["findings"])
+    return session.ask(
+        ("findings", view.run.id, stamp),
+        tasks.diagnose_run,
+        session.root(),
+        run_id=view.run.id,
+        title="Looking for causes",
+        role="looking",
+        patience=0.3,
+    )
 
 
 def _row(view: View, finding: Mapping[str, Any], *, key: str) -> None:
@@ -111,16 +121,14 @@ def _recipe_is_better(finding: Mapping[str, Any]) -> bool:
 
 def _requantize(view: View, changes: Mapping[str, Any]) -> None:
     session.dismiss_problem()
-    session.follow(
-        session.worker().submit(
-            tasks.requantize,
-            session.root(),
-            run_id=view.run.id,
-            config={**view.run.recipe, **changes},
-            exclude=list(view.run.exclusions),
-            title=REQUANTIZING,
-        ),
-        "requantize",
+    session.submit(
+        tasks.requantize,
+        session.root(),
+        run_id=view.run.id,
+        config={**view.run.recipe, **changes},
+        exclude=list(view.run.exclusions),
+        title=REQUANTIZING,
+        purpose="requantize",
     )
 
 
@@ -133,11 +141,14 @@ def _apply(view: View, finding: Mapping[str, Any], *, key: str) -> None:
         st.button(
             "Re-quantize so",
             key=key,
-            disabled=bool(session.running("requantize") or session.running_title(REQUANTIZING)),
+            disabled=bool(session.running("requantize") or session.running_title(REQUANTIZING))
+            or not session.may_edit(),
             on_click=_requantize,
             args=(view, dict(finding["remedy"]["recipe"])),
-            help="Quantizes with this change of the recipe, the same nodes in float, and opens the "
-            "new run.",
+            help=session.edit_hint(
+                "Quantizes with this change of the recipe, the same nodes in float, and opens the "
+                "new run."
+            ),
         )
         return
     nodes = tuple(map(str, finding["remedy"].get("exclude", ())))
@@ -159,9 +170,12 @@ def _apply(view: View, finding: Mapping[str, Any], *, key: str) -> None:
     st.button(
         "Undo" if applied else "Leave in float" if nodes else "Set range",
         key=key,
+        disabled=not session.may_edit(),
         on_click=act,
-        help="Takes it back"
-        if applied
-        else "Ticks the nodes, or keeps the range, for the next "
-        "run: the exclusions page previews it and makes the file.",
+        help=session.edit_hint(
+            "Takes it back"
+            if applied
+            else "Ticks the nodes, or keeps the range, for the next run: the exclusions page "
+            "previews it and makes the file."
+        ),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import streamlit as st
 from inspector.errors import FeedError, InspectorError, ModelError
 from inspector.render import dump_json, shorten_name
 from inspector.store import CPU_PROVIDER, FeedSource, PairOptions
-from inspector.web import session, tasks, widgets
+from inspector.web import session, tasks, upload_field, widgets
+from inspector.web.uploads import Uploaded
 from inspector.web.words import md_code
 
 # ── recipe ───────────────────────────────────────────────────────────────────────────────────
@@ -173,6 +174,8 @@ def lacking(chosen: Chosen | None, fits: bool) -> str:
         chosen: None where something chosen cannot be right.
         fits: whether the first feed can be read.
     """
+    if upload_field.is_under_way():
+        return "Files are still being uploaded."
     if chosen is None or not fits:
         return "Put right what is said above first."
     missing = [] if chosen.float_path else ["a float model"]
@@ -186,22 +189,65 @@ def lacking(chosen: Chosen | None, fits: bool) -> str:
 Side = Literal["float", "quantized"]
 
 
-def _uploads(key: str) -> list[Any]:
-    found = st.session_state.get(key) or []
-    return list(found) if isinstance(found, list) else [found]
+def _store(key: str, path: Path, store: Callable[[Mapping[str, Path]], Path]) -> Path:
+    """The path of an uploaded file or folder once the workspace has taken what is in the field.
+
+    Args:
+        key: of the field.
+        path: of one of its files, or of their folder; any other path is not the field's and is
+            returned as it is.
+        store: makes the folder that holds the files, given by their names, and takes them.
+    """
+    inbox = upload_field.inbox(key)
+    files = inbox.files()
+    folders = {each.path.parent for each in files}
+    if path not in folders and all(path != each.path for each in files):
+        return path
+    if not path.is_relative_to(inbox.folder):  # stored before
+        return path
+    folder = store({each.name: each.path for each in files})
+    inbox.stored({each.id: folder / each.name for each in files})
+    return folder if path in folders else folder / path.name
 
 
-def _kept(files: Sequence[Any], store: Any) -> Any:
-    """What `store` made of uploaded files; made once, however often the page runs."""
-    made: dict[tuple[str, ...], Any] = st.session_state.setdefault("stored-uploads", {})
-    ids = tuple(each.file_id for each in files)
-    if ids not in made:
-        made[ids] = store()
-    return made[ids]
+def _store_model(key: str, path: Path) -> Path:
+    workspace = session.own_workspace()
+
+    def store(files: Mapping[str, Path]) -> Path:
+        if len(files) == 1:
+            return workspace.add_model(path, path.name, move=True).path.parent
+        return workspace.add_model_files(files, path.name, move=True).path.parent
+
+    return _store(key, path, store)
 
 
-def _store_model(files: Sequence[Any], side: Side) -> Path:
-    """The path of a private copy of an uploaded model and its external data.
+def _store_feeds(key: str, source: FeedSource | None) -> FeedSource | None:
+    if source is None or source.kind != "stored":
+        return source
+    workspace = session.own_workspace()
+    path = _store(key, Path(source.path), lambda files: workspace.add_feeds(files, move=True))
+    return replace(source, path=str(path))
+
+
+def store(chosen: Chosen) -> Chosen:
+    """The same, once the workspace has taken what was uploaded for it.
+
+    Raises:
+        ReportError: the workspace cannot be written.
+    """
+    assert chosen.float_path is not None
+    quantized = chosen.quantized_path
+    return replace(
+        chosen,
+        float_path=_store_model("upload-float", chosen.float_path),
+        quantized_path=None if quantized is None else _store_model("upload-quantized", quantized),
+        inputs=_store_feeds("upload-inputs", chosen.inputs),
+        calibration=_store_feeds("upload-calibration", chosen.calibration),
+    )
+
+
+def _uploaded_model(files: Sequence[Uploaded], side: Side) -> Path:
+    """The path of the model among a model and its external data.
 
     Raises:
         ModelError: not exactly one of the files is a model.
@@ -216,25 +262,12 @@ def _store_model(files: Sequence[Any], side: Side) -> Path:
             "expected one with its data files",
             hint="Drop one model per side, with its external data files if it has any.",
         )
-    workspace = session.workspace()
-    if len(files) == 1:
-        stored = _kept(files, lambda: workspace.add_model(files[0], files[0].name))
-    else:
-        stored = _kept(
-            files,
-            lambda: workspace.add_model_files({each.name: each for each in files}, models[0].name),
-        )
-    return Path(stored.path)
+    return models[0].path
 
 
 def _model_field(side: Side, label: str, meaning: str) -> Path | None:
     """The chosen model of one side: an upload, or a path on this machine."""
-    files = st.file_uploader(
-        label,
-        accept_multiple_files=True,
-        key=f"upload-{side}",
-        help=meaning,
-    )
+    files = upload_field.upload_field(label, key=f"upload-{side}", meaning=meaning)
     path = ""
     if session.is_local():
         path = (
@@ -248,7 +281,7 @@ def _model_field(side: Side, label: str, meaning: str) -> Path | None:
         ).strip()
     if path:
         return Path(path).expanduser()
-    return _store_model(files, side) if files else None
+    return _uploaded_model(files, side) if files else None
 
 
 def _numbers(text: str, what: str) -> list[float]:
@@ -387,25 +420,20 @@ def _feed_field(role: str, below: Any, *, optional: bool) -> FeedSource | None:
             title=f"{int(samples)} random feeds (seed {int(seed)})",
         )
     if way == "upload":
-        files = st.file_uploader(
+        files = upload_field.upload_field(
             "Feeds: .npz, .npy, pictures, texts.txt, or ONNX's input_*.pb",
-            accept_multiple_files=True,
             key=f"upload-{role}",
-            help="One .npz per sample, or one .npz or .npy with a leading sample axis; or "
+            meaning="One .npz per sample, or one .npz or .npy with a leading sample axis; or "
             "texts.txt, one sample per line, with tokenizer.json. labels.json and "
             "preprocess.json may come along.",
         )
         if not files:
             return None
-        folder = _kept(
-            files,
-            lambda: session.workspace().add_feeds({each.name: each for each in files}),
-        )
         pictures = any(each.name.lower().endswith(_PICTURES) for each in files)
         own = any(each.name == "preprocess.json" for each in files)
         texts = any(each.name == "texts.txt" for each in files)
         whole = len(files) > 1 or pictures or texts
-        path = folder if whole else folder / files[0].name
+        path = files[0].path.parent if whole else files[0].path
         title = files[0].name if len(files) == 1 else f"{len(files)} files"
         kind = "stored"
     else:
@@ -451,7 +479,7 @@ def _options_form(float_path: Path | None, inputs: FeedSource | None) -> PairOpt
             st.caption("Choose a float model first: its inputs and outputs are offered here.")
             return PairOptions()
         answer = session.ask(
-            ("options", str(float_path)),
+            ("options", str(float_path), upload_field.version(float_path)),
             tasks.list_options,
             float_path=float_path,
             title="Looking for inputs and states",
@@ -470,8 +498,9 @@ def _padding_mask(float_path: Path, inputs: FeedSource | None) -> str:
     """The input that marks padding in the chosen feeds, once they were looked at; "" for none."""
     if inputs is None:
         return ""
+    version = upload_field.version(float_path, Path(inputs.path))
     answer = session.ask(
-        ("mask", str(float_path), dump_json(inputs.to_json())),
+        ("mask", str(float_path), dump_json(inputs.to_json()), version),
         tasks.list_options,
         float_path=float_path,
         inputs=inputs,
@@ -567,7 +596,7 @@ def _check_uploaded(
     feeds = [each for each in (inputs, calibration) if each is not None and each.kind != "random"]
     paths = [each for each in (float_path, quantized_path) if each is not None]
     paths += [Path(each.path) for each in feeds]
-    own = session.root().resolve()
+    own = session.own_root().resolve()
     if any(not each.resolve().is_relative_to(own) for each in paths) or any(
         each.kind == "path" for each in feeds
     ):
@@ -575,6 +604,10 @@ def _check_uploaded(
             "Something was named that was not uploaded",
             hint="Upload the models and their inputs.",
         )
+
+
+def _is_upload(path: Path) -> bool:
+    return any(path == each.path for each in upload_field.inbox("upload-float").files())
 
 
 def load_form() -> Chosen:
@@ -627,7 +660,7 @@ def load_form() -> Chosen:
     if not session.is_local():
         _check_uploaded(float_path, quantized_path, inputs, calibration)
     title = float_path.stem if float_path is not None else ""
-    if title in ("model", "float") and float_path is not None and not _uploads("upload-float"):
+    if title in ("model", "float") and float_path is not None and not _is_upload(float_path):
         title = float_path.absolute().parent.name
     return Chosen(
         float_path=float_path,

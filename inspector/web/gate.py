@@ -2,19 +2,21 @@
 
 Every request and every websocket passes here first. In portal mode nothing is answered without a
 known user except what a sign-in needs; what is not on that list is refused, so a route that is
-added later is guarded from its first day. A user only gets media and upload addresses that were
-sent to this user's own pages. In local mode only this machine is answered.
+added later is guarded from its first day. A user only gets media whose address was sent to this
+user's own pages. In local mode only this machine is answered.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from google.protobuf.message import DecodeError
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
@@ -24,8 +26,9 @@ from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_NAME
 
 from inspector import hosting
+from inspector.audit import audit
 from inspector.hosting import SECRET_HEADER, Settings
-from inspector.web import identity
+from inspector.web import identity, metrics
 from inspector.web.identity import User
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -42,12 +45,13 @@ _STREAM = "_stcore/stream"
 _RETURN = "quant_inspector_return"
 RETURN_SECONDS = 900
 LONGEST_RETURN = 2000
+# With a header nobody says when a sign-in begins: it is one after so long without a request.
+ABSENCE_SECONDS = 12 * 3600.0
 _SIGNED_IN = f"{USER_COOKIE_NAME}=".encode()
 _MEDIA = re.compile(rb"/media/([0-9a-f]{16,128})")
-_UPLOAD = re.compile(rb"/_stcore/(upload_file/[0-9A-Za-z-]{1,64}/[0-9A-Za-z-]{1,64})")
-# What a page may tell Streamlit and ours never do: these show the checkout or empty everybody's
-# caches.
-_UNWANTED = frozenset({"load_git_info", "clear_cache", "set_run_on_save"})
+# What a page may tell Streamlit and ours never do: these show the checkout, empty everybody's
+# caches, or ask for a place in Streamlit's own uploads, which stay in memory.
+_UNWANTED = frozenset({"load_git_info", "clear_cache", "set_run_on_save", "file_urls_request"})
 _SIGN_IN_PAGE = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><title>Sign in</title>'
     '<body style="font-family: system-ui, sans-serif; margin: 3rem"><h1>Sign in to continue</h1>'
@@ -80,7 +84,16 @@ def middleware(found: Settings, pages: Sequence[str]) -> list[Middleware]:
         found: the checked settings.
         pages: the addresses of the pages, without a slash.
     """
-    return [Middleware(Gate, settings=found, pages=tuple(pages))]
+    return [
+        Middleware(metrics.Counting, base=base_path(), pages=("", *pages)),
+        Middleware(Gate, settings=found, pages=tuple(pages)),
+    ]
+
+
+def base_path() -> str:
+    """The path before every address, as "/tools"; "" where there is none."""
+    base = str(config.get_option("server.baseUrlPath") or "").strip("/")
+    return f"/{base}" if base else ""
 
 
 def _respond(status: int, text: str) -> Response:
@@ -93,10 +106,11 @@ class Gate:
     def __init__(self, app: ASGIApp, *, settings: Settings, pages: Sequence[str]) -> None:
         self._app = app
         self._settings = settings
-        base = str(config.get_option("server.baseUrlPath") or "").strip("/")
-        self._base = f"/{base}" if base else ""
+        self._base = base_path()
         self._pages = frozenset({"", "/", *(f"/{name}" for name in pages)})
+        self._names = frozenset({"", *pages})
         self._sent: dict[str, OrderedDict[str, None]] = {}
+        self._seen: dict[str, float] = {}
         self._masks = _masks(settings.data)
         identity.gate_stands.set()
 
@@ -115,6 +129,8 @@ class Gate:
             scope = self._inside(scope, user_or_none)
         if refusal is None and self._settings.is_portal:
             refusal = self._cross_site(connection)
+        if self._settings.is_portal:
+            await self._note_who(connection, user, refusal)
         if refusal is not None:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
@@ -126,6 +142,7 @@ class Gate:
                 receive, send = _without_unwanted(receive), self._noting(user, send)
             else:
                 send = self._private(self._returning(connection, user, send))
+                send = self._signing(connection, user, send)
         await self._app(scope, receive, send)
 
     # Who may ask what.
@@ -165,15 +182,13 @@ class Gate:
         return _respond(401, "Sign in to continue")
 
     def _foreign(self, name: str, user: User) -> Response | None:
-        """Refuses media and uploads whose address was not sent to the user."""
-        key = ""
-        if name.startswith("media/"):
-            key = name.split(".")[0]
-        elif name.startswith("_stcore/upload_file/"):
-            key = name.removeprefix("_stcore/")
-        if not key or key in self._sent.get(user.key, ()):
+        """Refuses media whose address was not sent to the user, and Streamlit's own uploads."""
+        media = name.startswith("media/")
+        if media and name.split(".")[0] in self._sent.get(user.key, ()):
             return None
-        return _respond(404, "Not found")
+        if media or name.startswith("_stcore/upload_file/"):
+            return _respond(404, "Not found")
+        return None
 
     def _cross_site(self, connection: HTTPConnection) -> Response | None:
         """Refuses what another site's page asks for in the user's name."""
@@ -192,6 +207,66 @@ class Gate:
     def _own_origins(self) -> list[str]:
         more = config.get_option("server.corsAllowedOrigins") or ()
         return [each for each in (identity.openid_origin(), *map(str, more)) if each]
+
+    # What is written down of it.
+
+    async def _note_who(
+        self, connection: HTTPConnection, user: User, refusal: Response | None
+    ) -> None:
+        """Writes down who was refused, and with a header who came."""
+        scope, now = connection.scope, time.monotonic()
+        path: str = scope["path"]
+        name = path[len(self._base) :].strip("/")
+        peer = connection.client.host if connection.client else ""
+        if refusal is None:
+            if user.key and self._settings.auth == "header":
+                last = self._seen.get(user.key, -ABSENCE_SECONDS)
+                self._seen[user.key] = now
+                if now - last >= ABSENCE_SECONDS:
+                    await run_in_threadpool(audit, "sign-in", user=user.address, peer=peer)
+            return
+        first_visit = refusal.status_code == 401 and (
+            f"/{name}" in self._pages or name in _SHELL or name.startswith("static/")
+        )
+        probe = name.endswith(("/_stcore/health", "/_stcore/host-config"))
+        if first_visit or probe:
+            return
+        await run_in_threadpool(
+            audit,
+            "denied",
+            user=user.address,
+            peer=peer,
+            status=refusal.status_code,
+            # An address may hold a token, a path that leads out does not.
+            what=path if _is_tricky(path) else metrics.kind_of(name, self._names),
+            method=scope.get("method", scope["type"]),
+            why=bytes(refusal.body).decode(),
+        )
+
+    def _signing(self, connection: HTTPConnection, user: User, send: Send) -> Send:
+        """Writes down who signs in at a provider, tries to, and signs out."""
+        path: str = connection.scope["path"]
+        name = path[len(self._base) :].lstrip("/")
+        if self._settings.auth != "oidc" or name not in ("oauth2callback", "auth/logout"):
+            return send
+        peer = connection.client.host if connection.client else ""
+
+        async def signing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if name == "oauth2callback":
+                    came = identity.user_of_answer(message.get("headers", ()))
+                    if came is not None:
+                        await run_in_threadpool(audit, "sign-in", user=came.address, peer=peer)
+                    else:
+                        why = "The provider named nobody"
+                        await run_in_threadpool(
+                            audit, "denied", user="", peer=peer, what="sign-in", why=why
+                        )
+                elif user.key:
+                    await run_in_threadpool(audit, "sign-out", user=user.address, peer=peer)
+            await send(message)
+
+        return signing
 
     # What goes in and out.
 
@@ -222,13 +297,9 @@ class Gate:
         return noting
 
     def _note(self, key: str, content: bytes) -> None:
-        found: list[str] = []
-        if b"/media/" in content:
-            found += (f"media/{each.decode()}" for each in _MEDIA.findall(content))
-        if b"/_stcore/upload_file/" in content:
-            found += (each.decode() for each in _UPLOAD.findall(content))
-        if not found:
+        if b"/media/" not in content:
             return
+        found = [f"media/{each.decode()}" for each in _MEDIA.findall(content)]
         sent = self._sent.setdefault(key, OrderedDict())
         for address in found:
             sent[address] = None

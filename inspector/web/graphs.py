@@ -502,6 +502,9 @@ def panes(
         report = answered("toggled")
         if not report:
             return
+        if not session.may_edit():
+            st.toast(session.edit_hint())
+            return
         names = _float_nodes(drawing, report["side"], report.get("names") or [report["name"]])
         if not names:
             st.toast("This node stands for none of the float model's main graph.")
@@ -537,7 +540,7 @@ def panes(
             "excluded": list(draft.nodes),
             "changed": _previewed(view, draft),
             "theme": "dark" if style.is_dark() else "light",
-            "picture": routes.accept(view.run.id, _picture(view), _PICTURE_BYTES),
+            "picture": _picture_place(view),
             "keys": ["j", "k", "u", "z"],
         },
         key=key,
@@ -554,6 +557,13 @@ def _picture(view: View) -> Path:
     return session.workspace().run_folder(view.run.id) / "graph" / "picture.svg"
 
 
+def _picture_place(view: View) -> str:
+    """The address that takes the run's coloured graph; "" where the user may not put it there."""
+    if not session.may_edit():
+        return ""
+    return routes.accept(view.run.id, _picture(view), _PICTURE_BYTES)
+
+
 def kept_picture(view: View) -> None:
     """The coloured graph that was kept for the report; where there is none, how to keep one."""
     path = _picture(view)
@@ -566,14 +576,13 @@ def kept_picture(view: View) -> None:
         f'<img src="{address}" alt="The graph, coloured by error" '
         'style="width: 100%; max-height: 46rem; object-fit: contain">'
     )
-    st.download_button(
+    widgets.file_button(
         "Download SVG",
-        data=path.read_bytes,
+        path,
         file_name=f"{widgets.file_name(f'{view.pair.title}-run{view.run.number}-graph')}.svg",
-        mime=routes.SVG,
-        on_click="ignore",
-        icon=":material/download:",
         key="graph-picture",
+        run_id=view.run.id,
+        media_type=routes.SVG,
     )
 
 
@@ -654,15 +663,17 @@ def card(view: View, drawing: Drawn, draft: Draft) -> None:
             "Undo float" if ticked else "Leave in float",
             key="graph-float",
             shortcut="x",
-            disabled=not own,
+            disabled=not (own and session.may_edit()),
             icon=":material/undo:" if ticked else ":material/block:",
             type="secondary" if ticked else "primary",
             width="stretch",
             on_click=session.toggle,
             args=(view.pair.id, draft, own),
-            help=words.md_code(own)
-            if own
-            else "This node stands for none of the float model's main graph.",
+            help=session.edit_hint(
+                words.md_code(own)
+                if own
+                else "This node stands for none of the float model's main graph."
+            ),
         )
         if own:
             outputs = list(drawing.links["float"][own]["outputs"])

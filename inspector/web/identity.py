@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -31,7 +32,6 @@ from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_N
 from inspector import hosting
 from inspector.errors import SettingError
 from inspector.hosting import SECRET_HEADER, Settings
-from inspector.render import shorten_name
 from inspector.web.words import md_text
 
 # How the gate tells the pages whom it has seen in the header; it drops what came with this name.
@@ -107,8 +107,6 @@ def checked_settings() -> Settings:
     config.set_option("server.trustedUserHeaders", ours if found.auth == "header" else {})
     # A traceback names folders of the server.
     config.set_option("client.showErrorDetails", "none")
-    most = min(config.get_option("server.maxUploadSize"), max(1, found.upload_bytes >> 20))
-    config.set_option("server.maxUploadSize", most)
     return found
 
 
@@ -170,7 +168,21 @@ def asker(found: Settings, connection: HTTPConnection) -> User | None:
         return LOCAL
     if found.auth == "header":
         return _in_header(found, connection)
-    return _in_cookie(connection)
+    return _in_cookies(connection.cookies)
+
+
+def user_of_answer(headers: Iterable[tuple[bytes, bytes]]) -> User | None:
+    """Whom an answer signs in by the cookies that it sets; None where it signs in nobody."""
+    cookies: dict[str, str] = {}
+    for name, value in headers:
+        if name.lower() == b"set-cookie":
+            try:
+                found = SimpleCookie(value.decode("latin-1"))
+            except CookieError:
+                continue
+            # What is deleted, at the address before a base path, is set to nothing.
+            cookies.update({key: each.value for key, each in found.items() if each.value})
+    return _in_cookies(cookies)
 
 
 def _in_header(found: Settings, connection: HTTPConnection) -> User | None:
@@ -210,8 +222,8 @@ def _say_unbelieved(header: str) -> None:
     )
 
 
-def _in_cookie(connection: HTTPConnection) -> User | None:
-    secret, cookies = get_cookie_secret(), connection.cookies
+def _in_cookies(cookies: Mapping[str, str]) -> User | None:
+    secret = get_cookie_secret()
 
     def signed(name: str) -> bytes | None:
         value = cookies.get(name)
@@ -293,17 +305,3 @@ def _sign_in() -> None:
                 on_click=st.login,
                 args=() if name == "default" else (name,),
             )
-
-
-def account() -> None:
-    """The user's address with what signs them out; nothing in local mode."""
-    user = current_user()
-    if user is None or user == LOCAL:
-        return
-    with st.popover(md_text(shorten_name(user.address, 28)), key="account", type="tertiary"):
-        st.markdown(f"Signed in as {md_text(user.address)}")
-        found = settings()
-        if found.auth == "oidc":
-            st.button("Sign out", key="sign-out", on_click=st.logout)
-        elif found.sign_out:
-            st.link_button("Sign out", found.sign_out)

@@ -220,15 +220,17 @@ def output(view: View, choice: Choice) -> None:
             "Use this grid in the next run",
             key="lab-use",
             type="primary",
-            disabled=entry is None or entry == mine,
+            disabled=entry is None or entry == mine or not session.may_edit(),
             on_click=session.set_override,
             args=(view, record.name, entry),
-            help="Kept with the recipe on the Exclusions page, until it is re-quantized.",
+            help=session.edit_hint(
+                "Kept with the recipe on the Exclusions page, until it is re-quantized."
+            ),
         )
         st.button(
             "Take it back",
             key="lab-drop",
-            disabled=mine is None,
+            disabled=mine is None or not session.may_edit(),
             on_click=session.set_override,
             args=(view, record.name, None),
         )

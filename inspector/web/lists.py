@@ -66,9 +66,12 @@ def search(view: View, draft: Draft, recipe: Mapping[str, Any] | None, *, height
         else:
             st.button(
                 "Search", key="start-search", type="primary", icon=":material/search:",
+                disabled=not session.may_edit(),
                 on_click=_start, args=(view, recipe, goal),
-                help="Ranks the nodes by what each costs alone, then looks for the smallest list "
-                "that reaches the goal. What is there stays when you stop.",
+                help=session.edit_hint(
+                    "Ranks the nodes by what each costs alone, then looks for the smallest list "
+                    "that reaches the goal. What is there stays when you stop."
+                ),
             )  # fmt: skip
     _chart(view, draft, str(price), height - 48)
 
@@ -131,16 +134,14 @@ def _goal_text(metric: str, value: float, budget: int) -> str:
 
 def _start(view: View, recipe: Mapping[str, Any] | None, goal: Mapping[str, Any]) -> None:
     session.dismiss_problem()
-    session.follow(
-        session.worker().submit(
-            tasks.search_list,
-            session.root(),
-            run_id=view.run.id,
-            config=None if recipe is None else dict(recipe),
-            title=SEARCHING,
-            **goal,
-        ),
-        "search",
+    session.submit(
+        tasks.search_list,
+        session.root(),
+        run_id=view.run.id,
+        config=None if recipe is None else dict(recipe),
+        title=SEARCHING,
+        purpose="search",
+        **goal,
     )
 
 
@@ -162,7 +163,7 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
         points = [mark for mark in marks if mark is not None]
 
         def load(key: str) -> None:
-            if key in keys:
+            if key in keys and session.may_edit():
                 session.tick(view.pair.id, draft, tuple(keys[key]["nodes"]))
 
         widgets.picture(
@@ -195,7 +196,7 @@ def _proposal(view: View, draft: Draft, found: Search) -> None:
         nodes = tuple(found.get("nodes", ()))
         if nodes and set(nodes) != set(draft.nodes) and st.button(
             f"Tick the {widgets.count(len(nodes), 'node')} found", key="tick-found",
-            type="tertiary", icon=":material/checklist:",
+            type="tertiary", icon=":material/checklist:", disabled=not session.may_edit(),
         ):  # fmt: skip
             session.tick(view.pair.id, draft, nodes)
             st.rerun()

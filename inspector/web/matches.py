@@ -41,15 +41,13 @@ def _apply(view: View, name: str, pin: Pin | None) -> None:
     else:
         said = f"{shown} is compared with {shorten_name(pin.quantized_name, 60)}"
     session.say_when_rematched(said)
-    session.follow(
-        session.worker().submit(
-            tasks.rematch,
-            session.root(),
-            run_id=view.run.id,
-            pins=[*kept, *([pin] if pin is not None else [])],
-            title=COMPARING,
-        ),
-        "rematch",
+    session.submit(
+        tasks.rematch,
+        session.root(),
+        run_id=view.run.id,
+        pins=[*kept, *([pin] if pin is not None else [])],
+        title=COMPARING,
+        purpose="rematch",
     )
 
 
@@ -99,6 +97,9 @@ def choice(view: View, name: str, *, key: str) -> None:
     busy = _busy()
     if busy is not None:
         widgets.job_card(busy.id, place=f"rematch-{key}")
+        return
+    if not session.may_edit():
+        st.caption(session.edit_hint())
         return
     with st.container(horizontal=True, key=f"{key}-actions"):
         if pin is not None:
@@ -235,7 +236,7 @@ def pinned(view: View, *, key: str) -> None:
                 key=f"{key}-unpin-{at}",
                 type="tertiary",
                 icon=":material/undo:",
-                disabled=busy is not None,
+                disabled=busy is not None or not session.may_edit(),
                 on_click=_apply,
                 args=(view, pin.float_name, None),
             )

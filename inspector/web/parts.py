@@ -26,7 +26,19 @@ from inspector.render import (
     shorten_name,
 )
 from inspector.store import RunRecord, StoredModel, made_by_surgery
-from inspector.web import facts, forms, lists, session, style, tables, tasks, widgets, words
+from inspector.web import (
+    facts,
+    forms,
+    lists,
+    session,
+    sharing,
+    style,
+    tables,
+    tasks,
+    upload_field,
+    widgets,
+    words,
+)
 from inspector.web.forms import Chosen
 from inspector.web.session import Draft, View
 
@@ -110,11 +122,15 @@ def pair(view: View) -> None:
     calibration = "all of them, as they are fewer than 8" if few else "the first half of them"
     if own is not None:
         calibration = own.title or own.path
-    st.markdown(
-        f"**Feeds** {words.md_code(feeds.title or feeds.path)} · {words.md_text(samples)} · "
-        f"re-quantizing calibrates on {words.md_text(calibration)}",
-        help=meaning or None,
-    )
+    with st.container(horizontal=True, vertical_alignment="center", key="pair-row"):
+        st.markdown(
+            f"**Feeds** {words.md_code(feeds.title or feeds.path)} · {words.md_text(samples)} · "
+            f"re-quantizing calibrates on {words.md_text(calibration)}",
+            help=meaning or None,
+            width="content",
+        )
+        st.space("stretch")
+        sharing.delete_pair_button(view.pair)
 
 
 def preview(chosen: Chosen | None) -> bool:
@@ -122,8 +138,9 @@ def preview(chosen: Chosen | None) -> bool:
     if chosen is None or chosen.float_path is None or chosen.inputs is None:
         return True
     inputs = chosen.inputs
+    version = upload_field.version(chosen.float_path, Path(inputs.path))
     answer = session.ask(
-        ("preview", str(chosen.float_path), dump_json(inputs.to_json())),
+        ("preview", str(chosen.float_path), dump_json(inputs.to_json()), version),
         tasks.preview_feed,
         float_path=chosen.float_path,
         inputs=inputs,
@@ -161,8 +178,9 @@ def preview(chosen: Chosen | None) -> bool:
     return True
 
 
+@session.reporting
 def _open_pair(pair_id: str) -> None:
-    session.workspace().set_current_pair(pair_id)
+    session.own_workspace().set_current_pair(pair_id)
     st.query_params.clear()
 
 
@@ -180,7 +198,7 @@ def samples_and_pairs(view: View | None) -> None:
                 icon=":material/science:",
             )
     others = [
-        each for each in session.workspace().pairs() if view is None or each.id != view.pair.id
+        each for each in session.own_workspace().pairs() if view is None or each.id != view.pair.id
     ][:8]
     if others:
         st.markdown("**Loaded before**")
@@ -195,6 +213,7 @@ def samples_and_pairs(view: View | None) -> None:
                     on_click=_open_pair,
                     args=(each.id,),
                 )
+    sharing.shared_with_me()
 
 
 # ── exclusions: the list of nodes ────────────────────────────────────────────────────────────
@@ -259,7 +278,7 @@ def node_editor(view: View, draft: Draft, *, height: int, wide: WideNodes | None
             key="redo",
             shortcut="Shift+z",
             help="Redo",
-            disabled=not draft.redo,
+            disabled=not (draft.redo and session.may_edit()),
             on_click=session.redo,
             args=(view.pair.id, draft),
         )
@@ -310,7 +329,8 @@ def node_editor(view: View, draft: Draft, *, height: int, wide: WideNodes | None
         key=key,
         hide_index=True,
         column_config=tables.node_columns("" if wide is None else wide.dtype),
-        disabled=[column for column in frame.columns if column not in ("float", "wide")],
+        disabled=not session.may_edit()
+        or [column for column in frame.columns if column not in ("float", "wide")],
         on_change=edited,
         height=height,
         placeholder="–",
@@ -347,7 +367,7 @@ def tick_buttons(
         st.button(
             f"{label} ({len(names)})",
             key=f"{key}-{place}",
-            disabled=not further,
+            disabled=not (further and session.may_edit()),
             on_click=session.tick,
             args=(view.pair.id, draft, (*draft.nodes, *further)),
             width="stretch",
@@ -361,7 +381,7 @@ def undo_button(view: View, draft: Draft) -> None:
         key="undo",
         shortcut="z",
         help="Undo the last tick",
-        disabled=not draft.undo,
+        disabled=not (draft.undo and session.may_edit()),
         on_click=session.undo,
         args=(view.pair.id, draft),
     )
@@ -452,7 +472,8 @@ def _overrides(view: View) -> list[dict[str, Any]]:
         back.button(
             ":material/close:",
             key=f"override-{place}",
-            help="Take it back",
+            disabled=not session.may_edit(),
+            help=session.edit_hint("Take it back"),
             on_click=session.set_override,
             args=(view, tensor, None),
         )
@@ -541,10 +562,12 @@ def requantize_panel(view: View, draft: Draft, *, height: int) -> dict[str, Any]
                 key="requantize",
                 icon=":material/play_arrow:",
                 width="stretch",
-                disabled=idle,
-                help="This run was made so, with these nodes: change one of them."
-                if idle
-                else "Makes the file with these nodes in float, and compares it.",
+                disabled=idle or not session.may_edit(),
+                help=session.edit_hint(
+                    "This run was made so, with these nodes: change one of them."
+                    if idle
+                    else "Makes the file with these nodes in float, and compares it."
+                ),
             ):
                 session.dismiss_problem()
                 _apply(view, draft, recipe)
@@ -578,13 +601,12 @@ def _apply(view: View, draft: Draft, recipe: dict[str, Any] | None) -> None:
         "exclude": list(draft.nodes),
         "preview": _expected(view, draft, recipe),
         "title": REQUANTIZING,
+        "purpose": "requantize",
     }
-    worker = session.worker()
     if recipe is None:
-        job = worker.submit(tasks.free_in_file, session.root(), **arguments)
+        session.submit(tasks.free_in_file, session.root(), **arguments)
     else:
-        job = worker.submit(tasks.requantize, session.root(), config=recipe, **arguments)
-    session.follow(job, "requantize")
+        session.submit(tasks.requantize, session.root(), config=recipe, **arguments)
 
 
 # ── exclusions: what came of it ──────────────────────────────────────────────────────────────
@@ -693,7 +715,7 @@ def _proposal(view: View, draft: Draft) -> None:
             st.button(
                 f"Tick {widgets.count(len(further), 'node')}" if further else "Already ticked",
                 key="free-apply",
-                disabled=not further,
+                disabled=not (further and session.may_edit()),
                 on_click=session.tick,
                 args=(view.pair.id, draft, (*draft.nodes, *further)),
             )
@@ -706,8 +728,10 @@ def _run_output(run: RunRecord) -> str:
 
 def history(view: View, draft: Draft) -> None:
     """Every run of the pair; a click opens it."""
+    space = session.workspace()
     frame = tables.runs(
-        (run, widgets.format_label(run.recipe), _run_output(run)) for run in view.runs
+        (run, widgets.format_label(run.recipe), _run_output(run), space.note(run.id))
+        for run in view.runs
     )
     ids = list(frame["id"])
     key = f"runs-{view.run.id}-{len(ids)}"
@@ -727,13 +751,16 @@ def history(view: View, draft: Draft) -> None:
         selection_default={"selection": {"rows": [ids.index(view.run.id)]}},
         height=min(300, 36 + 35 * len(frame)),
     )
-    st.button(
+    row = st.container(horizontal=True, vertical_alignment="center", key="run-actions")
+    row.button(
         "Tick the nodes of this run",
         key="tick-run",
-        disabled=set(draft.nodes) == set(view.run.exclusions),
+        disabled=set(draft.nodes) == set(view.run.exclusions) or not session.may_edit(),
         on_click=session.tick,
         args=(view.pair.id, draft, view.run.exclusions),
     )
+    with row:
+        sharing.delete_run_button(view)
 
 
 def take_along(view: View) -> None:
@@ -755,15 +782,22 @@ def take_along(view: View) -> None:
             key="take-list",
             help="For quant-inspector quantize --exclude exclude.json",
         )
-        st.download_button(
+        widgets.file_button(
             f"Quantized model ({format_bytes(model.size_bytes)})",
-            data=model.path.read_bytes,
+            model.path,
             file_name=f"{stem}.onnx" if run.number else model.name,
-            mime="application/octet-stream",
-            on_click="ignore",
-            icon=":material/download:",
             key="take-model",
+            run_id=run.id,
         )
+        for place, file in enumerate(_data_files(model.path)):
+            widgets.file_button(
+                f"Its data {words.md_text(shorten_name(file.name, 24))}",
+                file,
+                file_name=file.name,
+                key=f"take-data-{place}",
+                run_id=run.id,
+                help="Save it beside the model, under this name.",
+            )
         st.download_button(
             "Recipe",
             data=dump_json(run.recipe),
@@ -788,6 +822,14 @@ def take_along(view: View) -> None:
         if commands.get(key):
             st.caption(label)
             st.code(str(commands[key]), language=language, wrap_lines=True)
+
+
+def _data_files(model: Path) -> list[Path]:
+    """The external data of a model that the workspace keeps; a user's own file is left alone."""
+    if session.workspace().root not in model.parents or not model.is_file():
+        return []
+    beside = sorted(each for each in model.parent.iterdir() if each.is_file() and each != model)
+    return [each for each in beside if each.suffix != ".json"][:8]
 
 
 # What `list_exports` writes for, by name, with the suffix of the file.

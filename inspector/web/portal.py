@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
+import streamlit.logger
+from starlette.concurrency import run_in_threadpool
 
+from inspector import audit, housekeeping, logs
 from inspector.errors import InspectorError, SettingError
-from inspector.web import gate, identity, session, style, widgets, words
+from inspector.hosting import Settings
+from inspector.index import Index
+from inspector.web import gate, identity, metrics, session, sharing, style, uploads, widgets, words
 
 PAGES_FOLDER = Path(__file__).resolve().parents[2] / "pages"
 # (address, title, icon); each shows the page file of its address.
@@ -41,19 +46,62 @@ def middleware() -> list[Any]:
             error, and nothing was answered yet.
     """
     try:
-        return gate.middleware(identity.checked_settings(), ["home", *(each[0] for each in PAGES)])
-    except SettingError as error:
+        found = identity.checked_settings()
+        if found.is_portal:
+            _open_books(found)
+        return gate.middleware(found, ["home", *(each[0] for each in PAGES)])
+    except InspectorError as error:
         print(f"Error: {error.message}.\nHint: {error.hint}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+def _open_books(found: Settings) -> None:
+    """Portal mode: makes the folder of everything, and begins its log and its audit trail.
+
+    Raises:
+        SettingError: the folder cannot be made or written.
+        ReportError: its index is damaged.
+    """
+    assert found.data is not None
+    try:
+        housekeeping.make_private(found.data)
+        audit.keep_in(found.data)
+        Index(found.data).close()
+    except OSError as error:
+        raise SettingError(
+            f"QUANT_INSPECTOR_DATA is {found.data}, which cannot be written: {error.strerror}",
+            hint="Set QUANT_INSPECTOR_DATA to a folder that the server's user may write to.",
+        ) from error
+    logs.write_json()
+    streamlit.logger.setup_formatter = logs.lead_to_root  # for those that are made later
+
+
 @asynccontextmanager
 async def lifespan(_app: Any) -> AsyncIterator[None]:
-    """Starts the local user's worker with the server, and stops every worker with it."""
-    if not identity.settings().is_portal:
+    """Starts the local user's worker with the server, and stops every worker with it.
+
+    Unfinished uploads do not outlive it either.
+    """
+    await run_in_threadpool(uploads.remove_leftovers, _workspaces())
+    found = identity.settings()
+    metrics.watch(found.data or session.own_root(), session.workers)
+    await run_in_threadpool(session.begin_records)
+    if not found.is_portal:
         session.start()
+    elif found.data is not None:
+        # Its thread ends with this process, wherever it is.
+        housekeeping.keep_tidy(found.data, found.expiry_days, is_busy=session.is_busy)
     yield
+    uploads.inboxes().close()
     session.close_workers()
+
+
+def _workspaces() -> list[Path]:
+    """The folders of all workspaces of this server."""
+    found = identity.settings()
+    if not found.is_portal or found.data is None:
+        return [session.own_root()]
+    return list((found.data / "users").glob("*"))
 
 
 def on_script_error(error: Exception) -> bool:
@@ -125,9 +173,8 @@ def _sidebar(pages: dict[str, Any], current: Any) -> None:
         with st.container(key="job", height=170, border=False):
             if jobs:
                 widgets.job_card(jobs[0].id, place="sidebar")
-                if len(jobs) > 1:
-                    st.caption(f"{widgets.count(len(jobs) - 1, 'more job')} waiting")
-    if st.session_state.get("keys-button"):
+                widgets.waiting_jobs(jobs[1:])
+    if st.session_state.get("keys-button") and not sharing.is_dialog_open():
         widgets.keys_dialog()
 
 
@@ -150,7 +197,9 @@ def main() -> None:
     loaded = session.settle()
     if loaded is not None:
         st.session_state["opening"] = {"run": loaded, "ready": False}
+    sharing.on_page(current.url_path)
     _sidebar(pages, current)
+    widgets.stopped_jobs()
     if current != pages["models"]:  # there it stands beside the button that was pressed
         widgets.problem()
     try:

@@ -119,6 +119,7 @@ def choice(view: View, draft: Draft, node: str, tensors: Sequence[str], *, key: 
         key=place,
         required=True,
         label_visibility="collapsed",
+        disabled=not session.may_edit(),
         on_change=_choose,
         args=(view, draft, node, tuple(tensors), place),
         help=f"{own}: as the recipe has it. {wider}: 65,536 levels for this tensor, for all that "

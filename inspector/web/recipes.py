@@ -179,10 +179,13 @@ def ask(view: View) -> None:
                     type="secondary" if row is not None else "primary",
                     icon=":material/play_arrow:",
                     key="try-recipes",
+                    disabled=not session.may_edit(),
                     on_click=_try,
                     args=(view,),
-                    help="Quantizes with each, compares the outputs and times them. The most "
-                    "promising come first; what is there stays when you stop.",
+                    help=session.edit_hint(
+                        "Quantizes with each, compares the outputs and times them. The most "
+                        "promising come first; what is there stays when you stop."
+                    ),
                 )
             else:
                 st.button(
@@ -190,6 +193,7 @@ def ask(view: View) -> None:
                     type="tertiary",
                     icon=":material/refresh:",
                     key="try-again",
+                    disabled=not session.may_edit(),
                     on_click=_try,
                     args=(view, True),
                 )
@@ -205,11 +209,13 @@ def ask(view: View) -> None:
 
 def _try(view: View, again: bool = False) -> None:
     session.dismiss_problem()
-    session.follow(
-        session.worker().submit(
-            tasks.try_recipes, session.root(), run_id=view.run.id, again=again, title=TRYING
-        ),
-        "recipes",
+    session.submit(
+        tasks.try_recipes,
+        session.root(),
+        run_id=view.run.id,
+        again=again,
+        title=TRYING,
+        purpose="recipes",
     )
 
 
@@ -220,25 +226,25 @@ def _make_the_run(view: View, row: Row, rows: Sequence[Row]) -> None:
         type="primary",
         icon=":material/check:" if is_run else ":material/play_arrow:",
         key="make-run",
-        disabled=is_run,
+        disabled=is_run or not session.may_edit(),
         on_click=_requantize,
         args=(view, dict(row["recipe"])),
-        help="Quantizes with this recipe, no node left in float, and opens the new run.",
+        help=session.edit_hint(
+            "Quantizes with this recipe, no node left in float, and opens the new run."
+        ),
     )
 
 
 def _requantize(view: View, recipe: dict[str, Any]) -> None:
     session.dismiss_problem()
-    session.follow(
-        session.worker().submit(
-            tasks.requantize,
-            session.root(),
-            run_id=view.run.id,
-            config=recipe,
-            exclude=[],
-            title=REQUANTIZING,
-        ),
-        "requantize",
+    session.submit(
+        tasks.requantize,
+        session.root(),
+        run_id=view.run.id,
+        config=recipe,
+        exclude=[],
+        title=REQUANTIZING,
+        purpose="requantize",
     )
 
 

@@ -1,14 +1,15 @@
-"""Addresses of our own beside Streamlit's: Netron's modules, held content, places for pictures.
+"""Addresses of our own beside Streamlit's: Netron's modules, held content, pictures, uploads.
 
 The browser fetches a graph and its figures once, by address, while a page sends only what changed
 with every rerun. Apart from the pages, because these answers are given outside of any script run.
-An address of held content, or of a place for a picture, carries a token that cannot be guessed and
-is good for the user alone whose page asked for it. Nothing is opened that was not handed to `offer`
-or `accept`, except the files of the installed Netron package on a fixed list.
+An address of held content, of a place for a picture or of an inbox for uploads carries a token that
+cannot be guessed and is good for the user alone whose page asked for it. Nothing is opened that was
+not handed to `offer` or `accept`, except the files of the installed Netron package on a fixed list.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import importlib.metadata
@@ -19,21 +20,23 @@ import secrets
 import tempfile
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeVar
+from urllib.parse import quote, unquote
 from xml.parsers import expat
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 from streamlit import config
 
 from inspector.publishing import give_name
-from inspector.web import gate, identity
+from inspector.web import gate, identity, metrics, uploads
+from inspector.web.uploads import Inbox, Refused, Turn
 
 BRIDGE = Path(__file__).with_name("graph") / "bridge.js"
 SVG = "image/svg+xml"
@@ -184,10 +187,14 @@ async def _netron(request: Request) -> Response:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Held:
-    """Content behind an address; a path is opened when it is asked for."""
+    """Content behind an address; a path is opened when it is asked for.
+
+    With a file's name it is saved by the browser instead of shown.
+    """
 
     content: bytes | Path
     media_type: str
+    file_name: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,6 +266,13 @@ class _Shelf(Generic[_T]):
             identity, value, _ = self._forget(token)
             return identity, value
 
+    def withdraw(self, keys: Collection[str]) -> None:
+        """Forgets what was put under identities that begin with one of the keys."""
+        with self._lock:
+            for token, (about, _, _) in list(self._entries.items()):
+                if isinstance(about, tuple) and about[0] in keys:
+                    self._forget(token)
+
     def put_back(self, token: str, identity: object, value: _T) -> None:
         """Undoes `take`, unless the identity has got a new token since."""
         with self._lock:
@@ -278,12 +292,18 @@ class _Shelves(Generic[_T]):
         with self._lock:
             return self._shelves.setdefault(user.key, _Shelf())
 
+    def withdraw(self, keys: Collection[str], but: str | None) -> None:
+        with self._lock:
+            shelves = [shelf for user, shelf in self._shelves.items() if user != but]
+        for shelf in shelves:
+            shelf.withdraw(keys)
+
 
 _held: Final[_Shelves[_Held]] = _Shelves()
 _places: Final[_Shelves[_Place]] = _Shelves()
 
 
-def offer(content: bytes | Path, media_type: str, key: str) -> str:
+def offer(content: bytes | Path, media_type: str, key: str, *, file_name: str = "") -> str:
     """The address, as a browser of the app asks for it, at which the user gets the content.
 
     The same key with the same content has the same address (a path's content is told by its size
@@ -294,6 +314,7 @@ def offer(content: bytes | Path, media_type: str, key: str) -> str:
         content: the bytes, or a file that is opened when it is asked for.
         media_type: what it is served as.
         key: tells the users of equal content apart; it is not part of the address.
+        file_name: under which a browser saves it; "" to show it.
 
     Raises:
         OSError: the file is not there.
@@ -302,10 +323,11 @@ def offer(content: bytes | Path, media_type: str, key: str) -> str:
     if isinstance(content, Path):
         content = content.resolve()
         stamp = content.stat()
-        about = (key, media_type, content, stamp.st_size, stamp.st_mtime_ns)
+        about = (key, media_type, file_name, content, stamp.st_size, stamp.st_mtime_ns)
     else:
-        about = (key, media_type, hashlib.sha256(content).digest())
-    token = _held.of(identity.require()).put(about, _Held(content=content, media_type=media_type))
+        about = (key, media_type, file_name, hashlib.sha256(content).digest())
+    held = _Held(content=content, media_type=media_type, file_name=file_name)
+    token = _held.of(identity.require()).put(about, held)
     return f"{_root()}/held/{token}"
 
 
@@ -337,17 +359,30 @@ def accept(
     return f"{_root()}/picture/{token}"
 
 
+def withdraw(keys: Collection[str], *, but: str | None = None) -> None:
+    """Ends the addresses that were given out under keys, as of runs that are not shared any more.
+
+    Args:
+        keys: as `offer` and `accept` were given them.
+        but: the key of a user who keeps theirs; None for nobody.
+    """
+    _held.withdraw(keys, but)
+    _places.withdraw(keys, but)
+
+
 async def _serve_held(request: Request) -> Response:
     held = _held.of(gate.asker_of(request)).get(request.path_params["token"])
     if held is None:
         return _not_found()
+    headers = _headers(_HELD_POLICY, _FRESH)
+    if held.file_name:
+        name = quote(held.file_name, safe="", errors="replace")
+        headers["Content-Disposition"] = f"attachment; filename*=utf-8''{name}"
     if isinstance(held.content, bytes):
-        return _answer(held.content, held.media_type, _HELD_POLICY, _FRESH)
+        return Response(held.content, media_type=held.media_type, headers=headers)
     if not await run_in_threadpool(held.content.is_file):
         return _not_found()
-    return FileResponse(
-        held.content, media_type=held.media_type, headers=_headers(_HELD_POLICY, _FRESH)
-    )
+    return FileResponse(held.content, media_type=held.media_type, headers=headers)
 
 
 async def _take_picture(request: Request) -> Response:
@@ -391,6 +426,151 @@ def _write(target: Path, content: bytes) -> None:
         part = Path(folder) / "picture"
         part.write_bytes(content)
         give_name(part, target)
+
+
+# --------------------------------------------------------------------------------------- uploads
+
+# What is written to the disk at once, and is in memory for each upload at most.
+BLOCK_BYTES = 1 << 20
+# Seconds without a byte after which a connection is given up; the upload may go on with another.
+STALL_SECONDS = 60.0
+# Uploads of one user that are received at the same time.
+MOST_AT_ONCE = 16
+# Sizes and offsets up to 10^15 bytes.
+_COUNT = re.compile(r"\d{1,15}", re.ASCII)
+# By user; only the server's loop counts.
+_receiving: Final[Counter[str]] = Counter()
+
+
+def upload_address(token: str) -> str:
+    """The address of an inbox: `<address>/<id>` takes a file that the browser calls by this id.
+
+    PUT with `Upload-Name` (percent-encoded), `Upload-Length` and `Upload-Offset`, all bytes in
+    decimal, appends the body, which may be empty and may be broken off; GET says how many bytes
+    are here; DELETE removes the file, or without an id all of them. Answers are JSON: `offset`
+    (bytes that are here, null where there is no such upload), `done` (whole and found good),
+    `name` (as it is kept) and `text` (what is wrong). Status 400 malformed, 404 unknown: begin
+    again, 408 stalled or 409 another offset: go on at `offset`, 413 too large or too many, 422 not
+    what it should be, 429 too many at once: later, 507 no space.
+    """
+    return f"{_root()}/upload/{token}"
+
+
+def _receipt(
+    status: int, *, offset: int | None = None, done: bool = False, name: str = "", text: str = ""
+) -> Response:
+    return JSONResponse(
+        {"offset": offset, "done": done, "name": name, "text": text},
+        status,
+        headers=_headers(_HELD_POLICY, _FRESH),
+    )
+
+
+def _inbox(request: Request) -> Inbox:
+    user, token = gate.asker_of(request), request.path_params["token"]
+    found = uploads.inboxes().find(user.key, token)
+    if found is None:
+        raise Refused(404, "Not found")
+    return found
+
+
+def _number(request: Request, header: str) -> int:
+    given = request.headers.getlist(header)
+    if len(given) != 1 or not _COUNT.fullmatch(given[0]):
+        raise Refused(400, f"{header} is one decimal number")
+    return int(given[0])
+
+
+def _upload_name(request: Request) -> str:
+    given = request.headers.getlist("upload-name")
+    try:
+        name = unquote(given[0], errors="strict") if len(given) == 1 else ""
+    except UnicodeDecodeError:
+        name = ""
+    if not name:
+        raise Refused(400, "Upload-Name is one percent-encoded name in UTF-8")
+    return name
+
+
+async def _take_upload(request: Request) -> Response:
+    key = gate.asker_of(request).key
+    if _receiving[key] >= MOST_AT_ONCE:
+        return _receipt(429, text=f"More than {MOST_AT_ONCE} uploads at once")
+    _receiving[key] += 1
+    try:
+        return await _take_body(request)
+    finally:
+        _receiving[key] -= 1
+
+
+async def _take_body(request: Request) -> Response:
+    try:
+        inbox = _inbox(request)
+        name, size = _upload_name(request), _number(request, "Upload-Length")
+        offset = _number(request, "Upload-Offset")
+        coming = 0
+        if "content-length" in request.headers:
+            coming = _number(request, "Content-Length")
+        if offset + coming > size:
+            raise Refused(413, f"More than the {size} bytes that were announced")
+        file_id = request.path_params["file"]
+        turn = await run_in_threadpool(inbox.begin, file_id, name, size, offset)
+        offset, done, stalled = await _receive(request, inbox, turn)
+    except Refused as refused:
+        return _receipt(refused.status, offset=refused.offset, text=refused.text)
+    if stalled:
+        return _receipt(408, offset=offset, text="Nothing came for too long")
+    return _receipt(200, offset=offset, done=done, name=turn.file.name)
+
+
+async def _receive(request: Request, inbox: Inbox, turn: Turn) -> tuple[int, bool, bool]:
+    """Appends the body, and as much as came of one that was broken off.
+
+    Returns the bytes that are here, whether the file is whole, and whether the body stopped coming.
+    """
+    block, stalled = bytearray(), False
+    now = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(STALL_SECONDS) as patience:
+            async for chunk in request.stream():
+                inbox.touch(turn)
+                block += chunk
+                if len(block) >= BLOCK_BYTES:
+                    # Nothing more is read meanwhile: a slow disk slows the sender down.
+                    patience.reschedule(None)
+                    await run_in_threadpool(inbox.add, turn, block)
+                    block = bytearray()
+                patience.reschedule(now() + STALL_SECONDS)
+    except ClientDisconnect:
+        pass  # nobody hears the answer; the sender asks for the offset when it is back
+    except TimeoutError:
+        stalled = True
+    offset, done = await run_in_threadpool(inbox.add, turn, block)
+    return offset, done, stalled
+
+
+async def _tell_upload(request: Request) -> Response:
+    try:
+        offset, done = _inbox(request).offset(request.path_params["file"])
+    except Refused as refused:
+        return _receipt(refused.status, text=refused.text)
+    return _receipt(200, offset=offset, done=done)
+
+
+async def _remove_upload(request: Request) -> Response:
+    try:
+        await run_in_threadpool(_inbox(request).remove, request.path_params["file"])
+    except Refused as refused:
+        return _receipt(refused.status, text=refused.text)
+    return _receipt(200)
+
+
+async def _clear_inbox(request: Request) -> Response:
+    try:
+        await run_in_threadpool(_inbox(request).clear)
+    except Refused as refused:
+        return _receipt(refused.status, text=refused.text)
+    return _receipt(200)
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -497,7 +677,12 @@ def served() -> list[BaseRoute]:
     root = _root()
     return [
         Route(f"{root.removesuffix('/inspector')}/healthz", _health, methods=["GET"]),
+        Route(f"{root.removesuffix('/inspector')}/metrics", metrics.answer, methods=["GET"]),
         Route(f"{root}/netron/{{version}}/{{name}}", _netron, methods=["GET"]),
         Route(f"{root}/held/{{token}}", _serve_held, methods=["GET"]),
         Route(f"{root}/picture/{{token}}", _take_picture, methods=["PUT"]),
+        Route(f"{root}/upload/{{token}}", _clear_inbox, methods=["DELETE"]),
+        Route(f"{root}/upload/{{token}}/{{file}}", _take_upload, methods=["PUT"]),
+        Route(f"{root}/upload/{{token}}/{{file}}", _tell_upload, methods=["GET"]),
+        Route(f"{root}/upload/{{token}}/{{file}}", _remove_upload, methods=["DELETE"]),
     ]

@@ -33,11 +33,13 @@ def offer(view: View, known: Mapping[str, Any] | None) -> None:
         "Sensitivity",
         key="measure-sensitivity",
         icon=":material/troubleshoot:",
-        disabled=widgets.is_asked(_PURPOSE, view.run.id),
+        disabled=widgets.is_asked(_PURPOSE, view.run.id) or not session.may_edit(),
         on_click=widgets.ask_for,
         args=(_PURPOSE, view.run.id),
-        help="Quantizes each node alone with this run's recipe and measures the outputs: first on "
-        "few samples, then on all for the most sensitive. What is stopped goes on where it was.",
+        help=session.edit_hint(
+            "Quantizes each node alone with this run's recipe and measures the outputs: first on "
+            "few samples, then on all for the most sensitive. What is stopped goes on where it was."
+        ),
     )
 
 

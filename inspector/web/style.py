@@ -40,6 +40,12 @@ h1 { padding: 0.1rem 0 !important; }
 .st-key-sentence [data-testid="stMarkdownContainer"],
 .st-key-job [data-testid="stMarkdownContainer"],
 .st-key-brand [data-testid="stMarkdownContainer"] { margin-bottom: 0; }
+[data-testid="stLayoutWrapper"]:has(> .st-key-context-end) { flex: 1 1 auto !important;
+  min-width: max-content; width: auto !important; }
+.st-key-context button p { font-size: 0.85rem; }
+.st-key-context { row-gap: 0.1rem; }
+.st-key-whose p { font-size: 0.85rem; }
+.st-key-note { margin-top: -0.25rem; }
 .st-key-context [data-testid="stSelectbox"] { min-width: 7rem; }
 [class*="st-key-picture-"] { position: relative; }
 [class*="st-key-csv-"] { position: absolute; top: 0; right: 0.2rem; width: auto !important;

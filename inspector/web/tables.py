@@ -33,7 +33,7 @@ from inspector.render import (
     read_number,
     shorten_name,
 )
-from inspector.store import RunRecord
+from inspector.store import Note, RunRecord
 from inspector.web import style
 from inspector.web.session import View, compared, rank_of, sqnr_of
 
@@ -485,8 +485,8 @@ def delta_columns() -> dict[str, Any]:
     }
 
 
-def runs(entries: Iterable[tuple[RunRecord, str, str]]) -> pd.DataFrame:
-    """The history: newest first, with format and output SQNR as given."""
+def runs(entries: Iterable[tuple[RunRecord, str, str, Note | None]]) -> pd.DataFrame:
+    """The history: newest first, with format, output SQNR and note as given."""
     rows = [
         {
             "id": run.id,
@@ -498,12 +498,12 @@ def runs(entries: Iterable[tuple[RunRecord, str, str]]) -> pd.DataFrame:
             "part": format_db(_number_of(run, "worst_part_sqnr_db")),
             "size": format_bytes(run.model.size_bytes),
             "made": run.created.replace("T", " ")[:16],
+            "note": "" if note is None else note.text,
         }
-        for run, label, output in entries
+        for run, label, output, note in entries
     ]
-    frame = pd.DataFrame(
-        rows, columns=["id", "run", "what", "format", "in float", "output", "part", "size", "made"]
-    )
+    columns = ["id", "run", "what", "format", "in float", "output", "part", "size", "made", "note"]
+    frame = pd.DataFrame(rows, columns=columns)
     return frame.sort_values("run", ascending=False, kind="stable").reset_index(drop=True)
 
 
@@ -528,6 +528,7 @@ def run_columns() -> dict[str, Any]:
         "part": text("Worst part", width="small"),
         "size": text("Size", width="small"),
         "made": text("Made (UTC)", width="small"),
+        "note": text("Note"),
     }
 
 

@@ -6,11 +6,12 @@ loads the runtime, however many pages it serves. Nothing here touches Streamlit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from inspector.errors import ModelError
+from inspector.errors import Cancelled, ModelError, ReportError
 from inspector.store import FeedSource, Workspace
 
 SAMPLES_FOLDER = Path(__file__).resolve().parents[2] / "sample_models"
@@ -18,6 +19,34 @@ SAMPLES = {
     "digit-detector": "Digit detector (the scores collapse)",
     "digit-transformer": "Digit transformer (healthy)",
 }
+
+
+_Result = TypeVar("_Result")
+
+
+def _of_a_run(job: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The job, which says so where its run was deleted meanwhile.
+
+    Whatever is missed first then, be it a model, a feed or a folder, is not what is wrong.
+    """
+
+    @functools.wraps(job)
+    def watched(root: Path, *, run_id: str, **arguments: Any) -> _Result:
+        workspace = Workspace(root)
+        pair_id = workspace.run(run_id).pair_id
+        try:
+            return job(root, run_id=run_id, **arguments)
+        except Cancelled:
+            raise
+        except Exception as error:  # of any library
+            if workspace.has_run(pair_id, run_id):
+                raise
+            raise ReportError(
+                "the run was deleted while this was computed for it",
+                hint="Open another run, or load the models again.",
+            ) from error
+
+    return watched
 
 
 def load_pair(root: Path, *, pair_title: str = "", **arguments: Any) -> str:
@@ -74,6 +103,7 @@ def _copied(
     return copies, FeedSource(kind="stored", path=str(path), title=feeds.name)
 
 
+@_of_a_run
 def requantize(root: Path, **arguments: Any) -> str:
     """The id of the new run. Arguments as `workbench.requantize`."""
     from inspector import workbench
@@ -81,6 +111,7 @@ def requantize(root: Path, **arguments: Any) -> str:
     return workbench.requantize(root, **arguments)
 
 
+@_of_a_run
 def free_in_file(root: Path, **arguments: Any) -> str:
     """The id of the new run. Arguments as `workbench.free_in_file`."""
     from inspector import workbench
@@ -88,6 +119,7 @@ def free_in_file(root: Path, **arguments: Any) -> str:
     return workbench.free_in_file(root, **arguments)
 
 
+@_of_a_run
 def preview_list(root: Path, **arguments: Any) -> dict[str, Any]:
     """What an exclusion list would give. Arguments as `live.preview_list`."""
     from inspector import live
@@ -95,6 +127,7 @@ def preview_list(root: Path, **arguments: Any) -> dict[str, Any]:
     return live.preview_list(root, **arguments)
 
 
+@_of_a_run
 def rematch(root: Path, **arguments: Any) -> str:
     """The id of the run that was compared anew. Arguments as `workbench.rematch`."""
     from inspector import workbench
@@ -102,6 +135,7 @@ def rematch(root: Path, **arguments: Any) -> str:
     return workbench.rematch(root, **arguments)
 
 
+@_of_a_run
 def isolate(root: Path, **arguments: Any) -> str:
     """The id of the run whose nodes were measured alone. Arguments as `workbench.isolate`."""
     from inspector import workbench
@@ -109,6 +143,7 @@ def isolate(root: Path, **arguments: Any) -> str:
     return workbench.isolate(root, **arguments)
 
 
+@_of_a_run
 def list_tensors(root: Path, **arguments: Any) -> dict[str, list[dict[str, Any]]]:
     """The tensors that can be matched by hand. Arguments as `workbench.list_tensors`."""
     from inspector import workbench
@@ -123,6 +158,7 @@ def list_options(**arguments: Any) -> dict[str, Any]:
     return workbench.list_options(**arguments)
 
 
+@_of_a_run
 def inspect_tensor(root: Path, **arguments: Any) -> dict[str, Any]:
     """Histograms and maps of one tensor. Arguments as `workbench.inspect_tensor`."""
     from inspector import workbench
@@ -137,6 +173,7 @@ def describe_model(path: Path, **arguments: Any) -> dict[str, Any]:
     return workbench.describe_model(path, **arguments)
 
 
+@_of_a_run
 def propose_free(root: Path, **arguments: Any) -> list[str]:
     """The nodes that make a node really float. Arguments as `workbench.propose_free`."""
     from inspector import workbench
@@ -144,6 +181,7 @@ def propose_free(root: Path, **arguments: Any) -> list[str]:
     return workbench.propose_free(root, **arguments)
 
 
+@_of_a_run
 def export_exclusions(root: Path, **arguments: Any) -> dict[str, Any]:
     """A run's list as another tool takes it. Arguments as `workbench.export_exclusions`."""
     from inspector import workbench
@@ -151,6 +189,7 @@ def export_exclusions(root: Path, **arguments: Any) -> dict[str, Any]:
     return workbench.export_exclusions(root, **arguments)
 
 
+@_of_a_run
 def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     """The nodes that an exclusion list can name. Arguments as `workbench.list_nodes`."""
     from inspector import workbench
@@ -158,6 +197,7 @@ def list_nodes(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     return workbench.list_nodes(root, **arguments)
 
 
+@_of_a_run
 def diagnose_run(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     """What is wrong with a run. Arguments as `live.diagnose_run`."""
     from inspector import live
@@ -165,6 +205,7 @@ def diagnose_run(root: Path, **arguments: Any) -> list[dict[str, Any]]:
     return live.diagnose_run(root, **arguments)
 
 
+@_of_a_run
 def graph_of_run(root: Path, **arguments: Any) -> dict[str, Any]:
     """The graphs of a run, ready to be drawn. Arguments as `workbench.graph_of_run`."""
     from inspector import workbench
@@ -172,6 +213,7 @@ def graph_of_run(root: Path, **arguments: Any) -> dict[str, Any]:
     return workbench.graph_of_run(root, **arguments)
 
 
+@_of_a_run
 def profile_run(root: Path, **arguments: Any) -> dict[str, Any]:
     """What each node takes. Arguments as `workbench.profile_run`."""
     from inspector import workbench
@@ -179,6 +221,7 @@ def profile_run(root: Path, **arguments: Any) -> dict[str, Any]:
     return workbench.profile_run(root, **arguments)
 
 
+@_of_a_run
 def measure_run(root: Path, **arguments: Any) -> dict[str, Any]:
     """What each node costs. Arguments as `live.measure_run`."""
     from inspector import live
@@ -186,6 +229,7 @@ def measure_run(root: Path, **arguments: Any) -> dict[str, Any]:
     return live.measure_run(root, **arguments)
 
 
+@_of_a_run
 def try_recipes(root: Path, **arguments: Any) -> int:
     """How many recipes were tried. Arguments as `workbench.try_recipes`."""
     from inspector import workbench
@@ -193,6 +237,7 @@ def try_recipes(root: Path, **arguments: Any) -> int:
     return workbench.try_recipes(root, **arguments)
 
 
+@_of_a_run
 def search_list(root: Path, **arguments: Any) -> bool:
     """Whether a list reaches the goal. Arguments as `live.search_list`."""
     from inspector import live

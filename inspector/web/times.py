@@ -27,11 +27,13 @@ def offer(view: View, found: Mapping[str, Any] | None) -> None:
         "Time",
         key="time-nodes",
         icon=":material/timer:",
-        disabled=widgets.is_asked(_PURPOSE, view.run.id),
+        disabled=widgets.is_asked(_PURPOSE, view.run.id) or not session.may_edit(),
         on_click=widgets.ask_for,
         args=(_PURPOSE, view.run.id),
-        help="Measures with ONNX Runtime's profiler what each tensor takes in both models, and "
-        "adds it to the table.",
+        help=session.edit_hint(
+            "Measures with ONNX Runtime's profiler what each tensor takes in both models, and "
+            "adds it to the table."
+        ),
     )
 
 

@@ -13,11 +13,11 @@ import streamlit as st
 
 from inspector import figures
 from inspector.comparison import ActivationError, Comparison, OutputError, low_slices
-from inspector.errors import InspectorError
+from inspector.errors import InspectorError, RunError
 from inspector.jobs import JobStatus
-from inspector.render import comparison_csv, format_db, shorten_name
+from inspector.render import comparison_csv, shorten_name
 from inspector.store import RunRecord
-from inspector.web import identity, session, style, tables
+from inspector.web import routes, session, tables
 from inspector.web.session import View
 from inspector.web.words import md_code, md_text
 
@@ -75,21 +75,30 @@ def problem() -> None:
 def remaining(job: JobStatus) -> str:
     """What a job is doing and how long it still takes."""
     if job.state == "queued":
-        return "waiting for its turn"
+        return f"waiting for its turn, {count(job.ahead, 'job')} before it"
     text = job.message or "starting"
     if job.remaining_seconds is None:
         return text
     return f"{text} · {max(1, round(job.remaining_seconds))} s left"
 
 
+def _unfinished(job_id: str) -> JobStatus:
+    """The job as it stands. Runs the page again where it has ended, or is gone with its worker."""
+    try:
+        job = session.status(job_id)
+    except RunError:
+        st.rerun()
+    if job.state not in session.ACTIVE:
+        st.rerun()
+    return job
+
+
 def job_card(job_id: str, *, place: str) -> None:
     """A job's progress with its Stop button; renews itself, and the page once the job is over."""
 
-    @st.fragment(run_every=0.5)
+    @st.fragment(run_every=session.look_seconds())
     def card() -> None:
-        job = session.worker().status(job_id)
-        if job.state not in session.ACTIVE:
-            st.rerun()
+        job = _unfinished(job_id)
         st.progress(
             min(1.0, max(0.0, job.fraction)), text=md_text(f"{job.title}: {remaining(job)}")
         )
@@ -104,14 +113,54 @@ def job_card(job_id: str, *, place: str) -> None:
     card()
 
 
+def waiting_jobs(jobs: Sequence[JobStatus]) -> None:
+    """The jobs that wait for their turn, each with a button that takes it out of the queue."""
+    for job in jobs:
+        with st.container(horizontal=True, vertical_alignment="center", gap="xxsmall", wrap=False):
+            st.caption(f"{job.ahead + 1}\\. {md_text(shorten_name(job.title, 20))}")
+            st.button(
+                ":material/close:",
+                key=f"stop-waiting-{job.id}",
+                type="tertiary",
+                on_click=session.stop_job,
+                args=(job.id,),
+                help=f"Stop: {md_text(job.title)}",
+            )
+
+
+def stopped_jobs() -> None:
+    """What the end of the server has stopped, what of it is kept and where it goes on; once."""
+    jobs = session.stopped_jobs()
+    if not jobs:
+        return
+    with st.container(key="stopped", border=True, gap="xsmall"):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**The server was restarted and has stopped {count(len(jobs), 'job')}:**")
+            st.button(
+                "Dismiss",
+                key="dismiss-stopped",
+                type="tertiary",
+                icon=":material/close:",
+                on_click=session.dismiss_stopped,
+            )
+        for job in jobs:
+            with st.container(horizontal=True, vertical_alignment="center"):
+                st.markdown(f"{md_text(job.title)}. {job.sentence}", width="content")
+                if job.page:
+                    st.page_link(
+                        page(job.page),
+                        label=f"Open {job.page}",
+                        icon=":material/arrow_forward:",
+                        query_params={"run": job.run_id} if job.run_id else {},
+                    )
+
+
 def waiting(job: JobStatus, *, height: int, key: str) -> None:
     """A placeholder of the final height that turns into the answer once there is one."""
 
-    @st.fragment(run_every=0.4)
+    @st.fragment(run_every=session.look_seconds())
     def poll() -> None:
-        now = session.status(job.id)
-        if now.state not in session.ACTIVE:
-            st.rerun()
+        now = _unfinished(job.id)
         st.caption(f"{md_text(now.title)}: {md_text(remaining(now))}")
 
     with st.container(key=f"wait-{key}", height=height, border=True):
@@ -154,55 +203,19 @@ def answer_to(purpose: str, run_id: str, function: Callable[..., Any], *, title:
 def poll(job: JobStatus) -> None:
     """Runs the page again once a job has ended; takes no room."""
 
-    @st.fragment(run_every=0.4)
+    @st.fragment(run_every=session.look_seconds())
     def look() -> None:
-        if session.status(job.id).state not in session.ACTIVE:
-            st.rerun()
+        _unfinished(job.id)
 
     look()
 
 
-# ── nothing to show ──────────────────────────────────────────────────────────────────────────
+# ── samples ──────────────────────────────────────────────────────────────────────────────────
 
 
 def open_sample(name: str) -> None:
     """Starts loading a bundled pair and waits for it."""
-    session.follow(session.open_sample(name), "load")
-
-
-def nothing_loaded() -> None:
-    """What a page says when there is no comparison yet: the job that makes one, or what to do."""
-    empty_context_bar()
-    jobs = session.active_jobs()
-    if jobs:
-        st.subheader("Comparing…", anchor=False)
-        with st.container(height=430, border=True):
-            job_card(jobs[0].id, place="first")
-            # An empty chart: the browser fetches the chart library while the models are compared.
-            st.plotly_chart(
-                figures.blank(style.is_dark()),
-                theme=None,
-                config={"staticPlot": True},
-                key="no-chart",
-            )
-        return
-    failure = session.last_failure()
-    if failure is not None and session.problem() is None:
-        error(failure)
-    st.subheader("No models are loaded yet", anchor=False)
-    st.markdown(
-        "Load a float and a quantized ONNX model with a few inputs, or look at a bundled sample: "
-        "a trained detector whose scores collapse in int8."
-    )
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.page_link(page("models"), label="Load models", icon=":material/upload_file:")
-        st.button(
-            "Open the sample",
-            key="open-sample",
-            type="primary",
-            on_click=open_sample,
-            args=(session.FIRST_SAMPLE,),
-        )
+    session.open_sample(name, "load")
 
 
 # ── the frame ────────────────────────────────────────────────────────────────────────────────
@@ -245,25 +258,6 @@ def samples_label(comparison: Comparison) -> tuple[str, str]:
     return (f"{label}, {mark}" if mark else label), meaning
 
 
-def worst_output_db(comparison: Comparison) -> float | None:
-    """The lowest output SQNR, pooled over the samples."""
-    values = [each.sqnr_db for each in comparison.outputs]
-    return min(values) if values else None
-
-
-def _hidden_slice(view: View) -> str:
-    """The lowest SQNR of a joined part, before and after, where the pooled figure hides it."""
-    sides = [view.before, view.comparison] if view.before is not None else [view.comparison]
-    if not any(low_slices(output) for side in sides for output in side.outputs):
-        return ""
-    figures_db = [
-        min((part.sqnr_db for output in side.outputs for part in output.slices), default=None)
-        for side in sides
-    ]
-    *before, after = map(format_db, figures_db)
-    return " → ".join([*before, f"**{after}**"])
-
-
 def run_label(run: RunRecord) -> str:
     """A run's number and what it is."""
     if run.number == 0:
@@ -272,7 +266,7 @@ def run_label(run: RunRecord) -> str:
     return f"run {run.number} · {what}"
 
 
-def _chosen(key: str, shown: str, select: Callable[[str], None]) -> None:
+def chosen(key: str, shown: str, select: Callable[[str], None]) -> None:
     """Selects what was chosen in a box.
 
     Streamlit also calls back for a box that has just left the page, with the value it had: when
@@ -281,61 +275,6 @@ def _chosen(key: str, shown: str, select: Callable[[str], None]) -> None:
     wanted = st.session_state.get(key)
     if wanted and wanted != shown:
         select(str(wanted))
-
-
-def context_bar(view: View) -> None:
-    """What is looked at: pair, format, samples, run, and the output's SQNR before and after."""
-    ids = [each.id for each in view.runs]
-    labels = {each.id: run_label(each) for each in view.runs}
-    samples, meaning = samples_label(view.comparison)
-    after = format_db(worst_output_db(view.comparison))
-    with st.container(
-        horizontal=True, vertical_alignment="center", key="context", gap="medium", wrap=False
-    ):
-        st.markdown(f"**{md_text(shorten_name(view.pair.title, 36))}**", width="content")
-        st.badge(md_text(format_label(view.run.recipe)), color="orange")
-        st.badge(
-            samples,
-            color="violet" if view.comparison.random_feeds else "gray",
-            help=meaning or None,
-        )
-        # A box whose value is changed from outside may answer with its old value, which would
-        # undo the change: each view has a box of its own.
-        key = f"context-run-{view.run.id}-{len(ids)}"
-        st.selectbox(
-            "Run",
-            ids,
-            index=ids.index(view.run.id),
-            key=key,
-            format_func=lambda run_id: labels.get(run_id, run_id),
-            label_visibility="collapsed",
-            on_change=_chosen,
-            args=(key, view.run.id, session.select_run),
-            width=210,
-        )
-        st.space("stretch")
-        several = len(view.comparison.outputs) > 1
-        what = "lowest output SQNR" if several else "output SQNR"
-        text, of = f"**{after}**", "of this run"
-        if view.before is not None and view.baseline is not None:
-            text = f"{format_db(worst_output_db(view.before))} → {text}"
-            of = f": run {view.baseline.number} → run {view.run.number}"
-        hidden = _hidden_slice(view)
-        if hidden:
-            text += f" · worst part {hidden}"
-            what += " and that of the worst part joined into it"
-        st.markdown(text, width="content", help=f"{what} {of}".replace(" :", ":"))
-        identity.account()
-
-
-def empty_context_bar() -> None:
-    """The context bar where nothing is looked at: who is signed in, in portal mode."""
-    if not session.is_signed_in():
-        return
-    with st.container(
-        horizontal=True, horizontal_alignment="right", vertical_alignment="center", key="context"
-    ):
-        identity.account()
 
 
 def sentence(text: str, severity: str = "") -> None:
@@ -468,11 +407,13 @@ def leave_in_float(view: View, *, key: str) -> None:
         "Undo float" if ticked else "Leave in float",
         key=key,
         shortcut="x",
-        disabled=not view.node,
+        disabled=not (view.node and session.may_edit()),
         icon=":material/undo:" if ticked else ":material/block:",
         on_click=session.toggle,
         args=(view.pair.id, draft, view.node),
-        help="Ticks this tensor's node on the exclusions page; Re-quantize applies it.",
+        help=session.edit_hint(
+            "Ticks this tensor's node on the exclusions page; Re-quantize applies it."
+        ),
     )
 
 
@@ -590,7 +531,7 @@ def tensor_field(
         format_func=lambda name: (
             shorten_name(name, 64) + (" · refused" if name in refused and name not in order else "")
         ),
-        on_change=_chosen,
+        on_change=chosen,
         args=(key, now, session.select_tensor),
         label_visibility="collapsed",
         width=400,
@@ -628,6 +569,32 @@ def tensor_table(
         selection_mode="single-row",
         height=min(420, 36 + 35 * len(frame)),
         placeholder="–",
+    )
+
+
+def file_button(
+    label: str,
+    path: Path,
+    *,
+    file_name: str,
+    key: str,
+    run_id: str,
+    media_type: str = "application/octet-stream",
+    help: str | None = None,
+) -> None:
+    """A button that saves a file of a run, for as long as the user may see the run.
+
+    It comes from the disk in pieces: Streamlit's own download button would keep all of it in
+    memory.
+    """
+    there = path.is_file()
+    st.link_button(
+        label,
+        routes.offer(path, media_type, run_id, file_name=file_name) if there else "",
+        key=key,
+        icon=":material/download:",
+        help=help if there else f"There is no file {md_text(path.name)} any more.",
+        disabled=not there,
     )
 
 

@@ -25,6 +25,7 @@ BENCHMARKS = (
     "growth",
     "graph_panes",
     "search",
+    "upload",
 )
 
 
