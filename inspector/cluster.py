@@ -753,7 +753,11 @@ class Cluster:
                 if future.status == "error":
                     raise self._broken("", future.exception())
                 if future.status != "finished":
-                    raise self._lost()
+                    # Its worker ended in the middle, or the scheduler did.
+                    if self._client.status != "running" or sendings == _SENDINGS:
+                        raise self._lost()
+                    submit(at, call, sendings + 1)
+                    continue
                 try:
                     answer = future.result(timeout=CONNECT_SECONDS)
                 except TimeoutError:

@@ -143,9 +143,12 @@ class Tab:
     def until_finished(self) -> bytes:
         """All that came until a script had run."""
         start, deadline = len(self.received), time.monotonic() + PATIENCE_SECONDS
-        while self.receive(deadline - time.monotonic()).WhichOneof("type") != "script_finished":
-            continue
-        return b"\n".join(self.received[start:])
+        while True:
+            message = self.receive(deadline - time.monotonic())
+            # A run that ends early is followed by another one.
+            early = message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN
+            if message.WhichOneof("type") == "script_finished" and not early:
+                return b"\n".join(self.received[start:])
 
 
 class UploadRefused(Exception):
@@ -171,6 +174,8 @@ class Visitor(Tab):
         self._values: dict[str, WidgetState] = {}
         # By fragment: seconds between two questions, and when the next is due.
         self._timers: dict[str, tuple[float, float]] = {}
+        # The id of a component that is to run the page again at once; "" where none waits for that.
+        self._signal = ""
         self._pages: dict[str, str] = {}
         self._page, self._query = "", ""
         # Where the fields of the page take files, by their keys.
@@ -241,7 +246,7 @@ class Visitor(Tab):
     @property
     def is_waiting(self) -> bool:
         """Whether the page wants to be asked again."""
-        return bool(self._timers)
+        return bool(self._timers or self._signal)
 
     @property
     def query(self) -> dict[str, str]:
@@ -250,6 +255,12 @@ class Visitor(Tab):
 
     def tick(self) -> bytes:
         """The page after it was asked again, once, as it wanted."""
+        if self._signal:
+            state = WidgetState(
+                id=f"$$STREAMLIT_INTERNAL_KEY_{self._signal}__events",
+                json_trigger_value=json.dumps([{"event": "now", "value": True}]),
+            )
+            return self._rerun(state)
         fragment = min(self._timers, key=lambda each: self._timers[each][1])
         interval, due = self._timers[fragment]
         time.sleep(max(0.0, due - time.monotonic()))
@@ -285,6 +296,7 @@ class Visitor(Tab):
             self._is_whole = not message.metadata.run.fragment_ids
             if self._is_whole:
                 self._timers.clear()
+                self._signal = ""
                 self._run.clear()
         elif kind == "navigation":
             self._page = message.navigation.page_script_hash
@@ -313,6 +325,8 @@ class Visitor(Tab):
             given = json.loads(element.bidi_component.json or "{}")
             if isinstance(given, dict) and "field" in given:
                 self.inboxes[given["field"]] = given["address"]
+            if element.bidi_component.component_name.endswith("quant_inspector_signal"):
+                self._signal = element.bidi_component.id
         widget = getattr(element, kind).id if kind in _WITH_ID else ""
         if widget:
             # The key that the page gave it stands last in an id.

@@ -6,9 +6,10 @@ it. Pages are given by absolute path: no folder `pages/` lies beside this script
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -131,23 +132,39 @@ def _pages() -> dict[str, Any]:
     return pages
 
 
-@st.fragment(run_every=0.8)
+@functools.cache
+def _signal() -> Callable[..., Any]:
+    """A component without a picture that runs the page again, once for each number it is given."""
+    return st.components.v2.component(
+        "quant_inspector_signal",
+        js="""
+            const given = new WeakMap();
+            export default ({ parentElement, data, setTriggerValue }) => {
+                if (given.get(parentElement) !== data.number) {
+                    given.set(parentElement, data.number);
+                    setTriggerValue('now', true);
+                }
+            };
+        """,
+    )
+
+
 def _open_overview(pages: dict[str, Any]) -> None:
-    """Opens the overview of the pair that was just loaded, at the second call.
+    """Opens the overview of the pair that was just loaded, in the run after this one.
 
     Not at once: the browser still has the timers of the page that watched the job, and a timer that
-    fires during a change of page asks for the old page again, which then comes out empty. The run
-    in which this is called first has no such timers any more.
+    fires during a change of page asks for the old page again, which then comes out empty. Once the
+    browser shows this run it has no such timers any more; so it says that, once and by no timer.
     """
-    opening = st.session_state.get("opening")
-    if opening is None:
-        return
-    if not opening["ready"]:
-        opening["ready"] = True
-        st.caption("Opening the overview…")
-        return
-    del st.session_state["opening"]
-    st.switch_page(pages["overview"], query_params={"run": opening["run"]})
+    opening = st.session_state["opening"]
+    answer = st.session_state.get("open-overview") or {}
+    if answer.get("now"):
+        # Before the signal is put on the page again: the browser would give it once more.
+        del st.session_state["opening"]
+        st.switch_page(pages["overview"], query_params={"run": opening["run"]})
+    opening["asked"] += 1
+    st.caption("Opening the overview…")
+    _signal()(key="open-overview", data={"number": opening["asked"]}, on_now_change=lambda: None)
 
 
 def _sidebar(pages: dict[str, Any], current: Any) -> None:
@@ -196,7 +213,7 @@ def main() -> None:
     session.start()
     loaded = session.settle()
     if loaded is not None:
-        st.session_state["opening"] = {"run": loaded, "ready": False}
+        st.session_state["opening"] = {"run": loaded, "asked": 0}
     sharing.on_page(current.url_path)
     _sidebar(pages, current)
     widgets.stopped_jobs()
