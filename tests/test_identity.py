@@ -302,7 +302,10 @@ def test_an_error_is_told_without_folders_and_settings_of_the_server(
     told = session.told(error)
     assert type(told) is RunError
     assert told.message == "cannot write m.onnx"
-    assert told.hint == "Tell whoever runs this server: its settings have to change."
+    assert told.hint == "Tell whoever runs this server: its disk is full."
+    setting = RunError("no", hint="Set QUANT_INSPECTOR_JOBS=4, or unset it.")
+    needs = "Tell whoever runs this server: its settings have to change."
+    assert session.told(setting).hint == needs
     portal_variables.delenv("QUANT_INSPECTOR_MODE")
     portal_variables.delenv("QUANT_INSPECTOR_AUTH")
     assert session.told(error) is error

@@ -1217,3 +1217,30 @@ def test_a_search_by_a_metric_that_is_none_says_so(loaded: Workspace) -> None:
     test = search_page(loaded, "beauty")
     test.button(key="start-search").click().run()
     wait(test, lambda page: any("beauty" in e.value for e in page.error))
+
+
+def _page_on_which_a_job_ends() -> None:
+    """A page's script: a job is under way when the page begins, and over when it ends."""
+    import streamlit as st
+
+    from inspector.web import session
+    from tests import job_samples
+
+    if "job" not in st.session_state:
+        job_id = session.worker().submit(job_samples.report_then_sleep, 0.5, 0.3)
+        st.session_state["job"] = job_id
+        session.follow(job_id, "requantize")
+    session.settle()
+    st.text(f"news before: {session.has_news()}")
+    session.worker().wait(st.session_state["job"])
+    st.text(f"news after: {session.has_news()}")
+
+
+def test_a_job_that_ends_while_its_page_runs_is_news_until_it_is_settled(
+    loaded: Workspace,
+) -> None:
+    test = AppTest.from_function(_page_on_which_a_job_ends, default_timeout=PATIENCE).run()
+    assert [each.value for each in test.text] == ["news before: False", "news after: True"]
+    test.session_state["followed"] = {}
+    test.run()
+    assert [each.value for each in test.text] == ["news before: False", "news after: False"]

@@ -225,6 +225,8 @@ def main() -> None:
         widgets.error(error)
         if session.address():
             st.page_link(pages["home"], label="Open the latest run", icon=":material/home:")
+    if session.has_news():
+        st.rerun()
 
 
 if __name__ == "__main__":

@@ -774,7 +774,9 @@ def told(error: InspectorError) -> InspectorError:
         return error
     hint = hosting.without_paths(error.hint, found.data)
     if "QUANT_INSPECTOR_" in hint:
-        hint = "Tell whoever runs this server: its settings have to change."
+        full = "disk space" in hint
+        needs = "its disk is full" if full else "its settings have to change"
+        hint = f"Tell whoever runs this server: {needs}."
     return type(error)(hosting.without_paths(error.message, found.data), hint=hint)
 
 
@@ -833,6 +835,13 @@ def settle() -> str | None:
             elif purpose == "requantize":
                 select_run(str(status.result))
     return loaded
+
+
+def has_news() -> bool:
+    """Whether a job that this tab waits for has ended since `settle`: no job is shown for it now,
+    and nothing else would run the page again."""
+    jobs = [_job(job_id) for job_id in _followed()]
+    return any(job is None or job.state not in ACTIVE for job in jobs)
 
 
 def report(problem: InspectorError) -> None:
