@@ -150,6 +150,7 @@ def read_settings(environ: Mapping[str, str], server_address: str | None) -> Set
             hint="Set QUANT_INSPECTOR_MODE=portal to host a team, or unset it.",
         )
     data = given["QUANT_INSPECTOR_DATA"]
+    # By field of `Settings`; the types of a mixed dictionary are not known to mypy.
     common = {
         "data": Path(data).expanduser().absolute() if data else None,
         "upload_bytes": _size(given, "QUANT_INSPECTOR_UPLOAD_LIMIT"),

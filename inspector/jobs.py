@@ -58,6 +58,8 @@ PROGRESS_SECONDS = 0.05
 KEPT_JOBS = 40
 MEMORY_LOOK_SECONDS = 0.25
 
+# States of a job that has not ended.
+ACTIVE = ("queued", "running")
 _FINISHED = frozenset({"done", "failed", "cancelled"})
 # What libraries say where Python says MemoryError.
 _NO_MEMORY = (

@@ -32,6 +32,7 @@ CLIENT_ID = "quant-inspector"
 
 
 @dataclass
+# Authlib comes without types, so mypy takes its classes for Any.
 class _Client(ClientMixin):  # type: ignore[misc]
     redirect_uri: str
     secret: str

@@ -32,21 +32,11 @@ from inspector.web.uploads import Inbox, Inboxes, Refused
 from tests.benchmarks.upload import inbox_address, resident_mb, send
 from tests.browser import ended, free_port, running_app, started
 from tests.hosted import ADA, BOB, header_portal, workspace_of
-from tests.samples import MODELS, ROOT, needs_models
+from tests.samples import MODELS, ROOT, Clock, needs_models
 
 LIMIT = 1_000_000
 ID, OTHER = "0" * 32, "1" * 32
 PATIENCE = 90_000
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -14,15 +14,9 @@ from inspector.errors import ReportError, RunError
 from inspector.jobs import Worker
 from inspector.web.workers import FRESH_SECONDS, Workers
 from tests import job_samples
+from tests.samples import Clock
 
 ADA, BOB = Path("/data/ada"), Path("/data/bob")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

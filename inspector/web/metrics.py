@@ -23,9 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inspector.jobs import JobStatus, Worker
+from inspector.jobs import ACTIVE, JobStatus, Worker
 
-STATES = ("queued", "running")
 ENDS = ("done", "failed", "cancelled", "stopped")
 _SECONDS = (0.1, 0.5, 2.0, 10.0, 30.0, 120.0, 600.0, 1800.0, 3600.0)
 # The first part of an address below the base path, and what is counted for it.
@@ -47,6 +46,7 @@ _OURS = {
     "upload": "upload",
 }
 
+# The library gives this function no types.
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 registry = prometheus.CollectorRegistry()
 prometheus.ProcessCollector(registry=registry)
@@ -191,7 +191,7 @@ class _Now(Collector):
         jobs = GaugeMetricFamily(
             "quant_inspector_jobs", "Jobs that have not ended.", labels=("state",)
         )
-        for state in STATES:
+        for state in ACTIVE:
             jobs.add_metric((state,), states[state])
         yield jobs
         # Of a process that is just starting it is not known yet.

@@ -29,13 +29,12 @@ from inspector import hosting, store
 from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
 from inspector.errors import InspectorError, QuotaError, ReportError, RunError
 from inspector.index import Index, Share
-from inspector.jobs import JobStatus, Worker
+from inspector.jobs import ACTIVE, JobStatus, Worker
 from inspector.render import dump_json, find_headline, read_comparison
 from inspector.store import PairRecord, RunRecord, Workspace, made_by_surgery
 from inspector.web import identity, metrics, tasks, words
 from inspector.web.workers import Workers
 
-ACTIVE = ("queued", "running")
 FIRST_SAMPLE = "digit-detector"
 ELSEWHERE = "started elsewhere"
 _KEPT_ANSWERS = 24

@@ -14,7 +14,7 @@ import streamlit as st
 from inspector import figures
 from inspector.comparison import ActivationError, Comparison, OutputError, low_slices
 from inspector.errors import InspectorError, RunError
-from inspector.jobs import JobStatus
+from inspector.jobs import ACTIVE, JobStatus
 from inspector.render import comparison_csv, shorten_name
 from inspector.store import RunRecord
 from inspector.web import routes, session, tables
@@ -88,7 +88,7 @@ def _unfinished(job_id: str) -> JobStatus:
         job = session.status(job_id)
     except RunError:
         st.rerun()
-    if job.state not in session.ACTIVE:
+    if job.state not in ACTIVE:
         st.rerun()
     return job
 

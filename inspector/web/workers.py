@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from inspector.errors import RunError
-from inspector.jobs import JobStatus, Worker
+from inspector.jobs import ACTIVE, JobStatus, Worker
 
 # A worker that was asked for just now is about to get a job, or a page to fetch what came of one,
 # which on a busy server may take some seconds.
 FRESH_SECONDS = 20.0
-_UNFINISHED = ("queued", "running")
 
 
 @dataclass(slots=True)
@@ -108,7 +107,7 @@ class Workers:
         found = []
         for job_id, (whose, worker) in list(self._counted.items()):
             job = next((job for job in worker.jobs() if job.id == job_id), None)
-            if job is None or job.state not in _UNFINISHED:
+            if job is None or job.state not in ACTIVE:
                 self._counted.pop(job_id, None)
             elif whose == root:
                 found.append(job)
@@ -153,7 +152,7 @@ class Workers:
                 surplus = entry.worker.is_alive and running > most
                 if unused < FRESH_SECONDS or not (unused >= idle_seconds or surplus):
                     continue
-                if any(job.state in _UNFINISHED for job in entry.worker.jobs()):
+                if any(job.state in ACTIVE for job in entry.worker.jobs()):
                     continue
                 running -= entry.worker.is_alive
                 ended.append(self._entries.pop(key).worker)
