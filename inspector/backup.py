@@ -30,8 +30,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from inspector.errors import ReportError
+from inspector.index import FILE_NAME, Index
 
-INDEX = "index.sqlite"
 HEAD = "backup.json"
 FORMAT = "quant-inspector/backup"
 VERSION = 1
@@ -123,7 +123,9 @@ def _groups(folder: Path, depth: int = 0) -> Iterator[list[Path]]:
     # A name that begins with a dot belongs to a file that is not finished.
     entries = [entry for entry in entries if not entry.name.startswith(".")]
     if depth == 0:
-        entries = [e for e in entries if not e.name.startswith(INDEX) and e.name not in _FOREIGN]
+        entries = [
+            e for e in entries if not e.name.startswith(FILE_NAME) and e.name not in _FOREIGN
+        ]
     if depth == 0 or (depth == 2 and folder.parent.name == "users"):
         entries = [entry for entry in entries if entry.name not in _PASSING]
     files = [Path(entry.path) for entry in entries if entry.is_file(follow_symlinks=False)]
@@ -153,8 +155,8 @@ class _Writer:
         ) as tar:
             head = {"format": FORMAT, "version": VERSION, "created": created}
             self._add_bytes(tar, HEAD, json.dumps(head).encode())
-            if (self._data / INDEX).is_file():
-                self._add_bytes(tar, INDEX, _copy_of_index(self._data / INDEX))
+            if (self._data / FILE_NAME).is_file():
+                self._add_bytes(tar, FILE_NAME, _copy_of_index(self._data / FILE_NAME))
             for group in _groups(self._data):
                 self._add_group(tar, group)
         return Backup(
@@ -225,7 +227,7 @@ def _workspace_of(parts: Sequence[str]) -> str | None:
 def _copy_of_index(path: Path) -> bytes:
     """The index as it was at one moment, whoever writes to it."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / INDEX
+        copy = Path(folder) / FILE_NAME
         with (
             closing(sqlite3.connect(path, timeout=60)) as source,
             closing(sqlite3.connect(copy)) as target,
@@ -252,8 +254,8 @@ def _failing(what: str) -> Iterator[None]:
 def restore(archive: Path, data: Path, *, progress: Progress = lambda *_: None) -> Backup:
     """Puts an archive into an empty folder, which is made where it is missing, and checks it.
 
-    Folders are then open to their owner alone, files as well. Where anything is wrong, the folder
-    is left empty.
+    Folders are then open to their owner alone, files as well. Nobody's workspace expires for not
+    having been opened since the backup was made. Where anything is wrong, the folder is left empty.
 
     Args:
         archive: from `back_up`.
@@ -274,7 +276,10 @@ def restore(archive: Path, data: Path, *, progress: Progress = lambda *_: None) 
         data.chmod(0o700)
     try:
         with _reading(archive), archive.open("rb") as file:
-            return _Reader(data.resolve(), file, archive, progress).read()
+            found = _Reader(data.resolve(), file, archive, progress).read()
+        if (data / FILE_NAME).is_file():
+            with closing(Index(data)) as index:
+                index.begin_anew()
     except BaseException:
         for entry in data.iterdir():
             if entry.is_dir() and entry.name not in _FOREIGN:
@@ -282,6 +287,7 @@ def restore(archive: Path, data: Path, *, progress: Progress = lambda *_: None) 
             elif entry.name not in _FOREIGN:
                 entry.unlink(missing_ok=True)
         raise
+    return found
 
 
 def _refused(archive: Path, why: str) -> ReportError:
@@ -328,7 +334,7 @@ class _Reader:
                 path = self._data / info.name
                 # What is never to change again stays so.
                 path.chmod(0o600 if info.mode & 0o200 else 0o400)
-                if info.isreg() and info.name != INDEX:
+                if info.isreg() and info.name != FILE_NAME:
                     size += info.size
                 self._names.add(info.name)
                 self._progress(min(1.0, self._file.tell() / self._length), info.name)
@@ -340,7 +346,7 @@ class _Reader:
         parts = [PurePosixPath(name).parts for name in self._names]
         users = set(map(_workspace_of, parts)) - {None}
         return Backup(
-            files=len(self._names - {INDEX}),
+            files=len(self._names - {FILE_NAME}),
             size_bytes=size,
             users=len(users),
             runs=sum(p[-1] == "run.json" for p in parts),
@@ -411,15 +417,15 @@ class _Reader:
                 if folder.name not in (whole, *(found.values() if len(found) == 1 else ())):
                     where = folder.relative_to(self._data)
                     raise _refused(self._archive, f"{where} has another content")
-        index = self._data / INDEX
+        index = self._data / FILE_NAME
         if index.is_file():
             try:
                 with closing(sqlite3.connect(index)) as connection:
                     sound = connection.execute("PRAGMA integrity_check").fetchone()
             except sqlite3.Error as error:
-                raise _refused(self._archive, f"{INDEX}: {error}") from error
+                raise _refused(self._archive, f"{FILE_NAME}: {error}") from error
             if sound != ("ok",):
-                raise _refused(self._archive, f"{INDEX} is damaged")
+                raise _refused(self._archive, f"{FILE_NAME} is damaged")
 
 
 def _children(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What the process of a worker may do: how much memory it may use, and that it has no network.
+"""What a process may take of the machine: a worker's memory and sockets, a server's free memory.
 
 Apart from `jobs`, because here the kernel is told by number what the library has no words for.
 
@@ -24,6 +24,8 @@ from pathlib import Path
 # From linux/prctl.h, linux/seccomp.h, linux/bpf_common.h and linux/audit.h.
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 22, 36, 38
 _SECCOMP_MODE_FILTER = 2
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NUMBER, _ARCHITECTURE = 0, 4  # where they stand in what the filter reads
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | errno.EPERM
@@ -101,6 +103,19 @@ def _filter(kernel: ctypes.CDLL, network: bool) -> bool:
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = struct.pack("HP", len(steps), ctypes.addressof(code))
     return bool(kernel.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, program, 0, 0) == 0)
+
+
+def give_memory_back() -> None:
+    """Has the C library return to the system what was freed, where it is glibc.
+
+    For a server of many threads that live shortly: by default each has a heap of its own, of which
+    the others cannot use what is free, and large blocks are kept among small ones.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 2)
+        mallopt(_M_MMAP_THRESHOLD, 256 << 10)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
 
 
 def die_with_parent() -> None:

@@ -229,6 +229,14 @@ class Index:
             for key, address, first, last in rows
         )
 
+    def begin_anew(self) -> None:
+        """Has everybody's time until they expire begin now, as after a backup was restored."""
+        with self._writing() as writer:
+            writer.execute(
+                "UPDATE users SET last_seen = ?",
+                (datetime.now(UTC).isoformat(timespec="microseconds"),),
+            )
+
     def since(self) -> str:
         """When this index was made: what happened before is unknown to it. ISO 8601, UTC."""
         with self._reading() as reader:

@@ -77,7 +77,7 @@ class JobStatus:
         state: "queued", "running", "done", "failed" or "cancelled".
         fraction: the finished share, 0..1, as the job tells it.
         message: what the job is doing, as the job tells it.
-        result: what the function returned; None before.
+        result: what the function returned; None before, and once it was taken.
         error: why it failed; None otherwise.
         seconds: since it left the queue, until it ended.
         remaining_seconds: an estimate from the share and the time it took; None until a
@@ -276,6 +276,17 @@ class Worker:
         """
         with self._changed:
             return self._status(self._find(job_id))
+
+    def take(self, job_id: str, timeout: float = 0.0) -> JobStatus:
+        """As `wait`; what the function returned is the caller's from then on, and not kept here.
+
+        Results are kept for many jobs, and may be large.
+        """
+        with self._changed:
+            status = self.wait(job_id, timeout)
+            if status.state in _FINISHED:
+                self._find(job_id).result = None
+            return status
 
     def jobs(self) -> tuple[JobStatus, ...]:
         """All jobs in order of submission; of those that ended, the last 40."""

@@ -1091,6 +1091,22 @@ class Workspace:
         mine = (run for run in found if run.pair_id == pair_id)
         return tuple(sorted(mine, key=lambda run: (run.number, run.created)))
 
+    def claim_number(self, pair_id: str) -> int:
+        """The number of the pair's next run, which nobody else gets.
+
+        It is taken for good: whoever makes a run at the same moment gets the next one, and one
+        whose run was never saved, or was deleted, stays out of use.
+        """
+        taken = self._existing("pair", pair_id).with_name("numbers")
+        number = max((run.number for run in self.runs(pair_id)), default=0)
+        with self._writing_of(taken, "the number of a run"):
+            taken.mkdir(exist_ok=True, mode=0o700)
+            while True:
+                number += 1
+                with suppress(FileExistsError):
+                    (taken / str(number)).touch(0o600, exist_ok=False)
+                    return number
+
     def comparison(self, run_id: str) -> dict[str, Any]:
         return self._read_json(self._existing("run", run_id).with_name("comparison.json"))
 

@@ -485,11 +485,10 @@ def _quantize(
             notes += _against_loaded(parent, comparison)
         if save_pair:
             workspace.save_pair(pair)
-        numbers = [r.number for r in workspace.runs(pair.id)]
         run = RunRecord(
             id=new_id(),
             pair_id=pair.id,
-            number=max(numbers, default=0) + 1,
+            number=workspace.claim_number(pair.id),
             title=f"{len(exclude)} excluded" if exclude else "baseline, no exclusion",
             recipe=config.to_json(),
             exclusions=tuple(exclude),
@@ -847,7 +846,7 @@ def free_in_file(
         run = RunRecord(
             id=new_id(),
             pair_id=pair.id,
-            number=max(r.number for r in runs) + 1,
+            number=workspace.claim_number(pair.id),
             title=f"{len(exclude)} freed in the file",
             recipe=loaded.recipe,
             exclusions=tuple(exclude),

@@ -214,9 +214,10 @@ class Person(threading.Thread):
         self._check(self._tab.upload("upload-inputs", inputs))
         self._tab.finish()
         self.diary.computed.setdefault("upload", []).append(time.perf_counter() - begin)
-        self._computed("compare", lambda: self._tab.click("compare"))
+        shown = self._computed("compare", lambda: self._tab.click("compare"))
         if "run" not in self._tab.query:
-            raise AssertionError("the new pair's overview did not open")
+            seen = re.findall(rb"[ -~]{12,}", shown)[-60:]
+            raise AssertionError(f"the new pair's overview did not open: {seen}")
         self.diary.runs.append(self._tab.query["run"])
 
     def _something(self) -> None:
@@ -273,12 +274,13 @@ class Person(threading.Thread):
             self.diary.runs.append(run)
         self._seen.clear()
 
-    def _computed(self, what: str, click: Callable[[], bytes]) -> None:
+    def _computed(self, what: str, click: Callable[[], bytes]) -> bytes:
         begin = time.perf_counter()
         self._check(click())
         shown = self._tab.finish(120)
         self.diary.computed.setdefault(what, []).append(time.perf_counter() - begin)
         self._check(shown)
+        return shown
 
     def _see(self, message: bytes) -> None:
         self.diary.messages += 1

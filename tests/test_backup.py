@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
-from inspector import backup, hosting
+from inspector import backup, hosting, housekeeping
 from inspector.cli import main as cli_main
 from inspector.errors import ReportError
+from inspector.index import FILE_NAME, Index
 from inspector.store import Workspace
 from tests.hosted import ADA, BOB, fill, watermark, workspace_of
 
@@ -34,7 +35,8 @@ def portal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data folder of a portal in which two people have each loaded a pair."""
     data = tmp_path_factory.mktemp("portal") / "data"
     runs = {each: fill(data, each) for each in (ADA, BOB)}
-    with closing(sqlite3.connect(data / backup.INDEX)) as index:
+    Index(data).close()
+    with closing(sqlite3.connect(data / FILE_NAME)) as index:
         index.execute("PRAGMA journal_mode = WAL")
         index.execute("CREATE TABLE probe (run TEXT)")
         index.executemany("INSERT INTO probe VALUES (?)", [(run,) for run in runs.values()])
@@ -72,7 +74,7 @@ def test_a_portal_backed_up_while_others_write_comes_back_with_the_same_numbers(
         (pair,) = workspace.pairs()
         run = workspace.runs(pair.id)[0]
         comparison = workspace.comparison(run.id)
-        with closing(sqlite3.connect(portal / backup.INDEX, timeout=60)) as index:
+        with closing(sqlite3.connect(portal / FILE_NAME, timeout=60)) as index:
             while not stop.is_set():
                 number = len(written)
                 made = f"{number:032x}"
@@ -106,7 +108,7 @@ def test_a_portal_backed_up_while_others_write_comes_back_with_the_same_numbers(
         root = workspace_of(restored, ADA)
         assert relative(everything(root), root) == relative(before, ada)
         bob = everything(workspace_of(restored, BOB))
-        with closing(sqlite3.connect(restored / backup.INDEX)) as index:
+        with closing(sqlite3.connect(restored / FILE_NAME)) as index:
             kept = {run for (run,) in index.execute("SELECT run FROM probe")}
         # The index was copied first: what it says had happened.
         assert len(kept) <= len(written) + 2
@@ -132,6 +134,20 @@ def test_what_is_unfinished_or_computed_again_is_not_in_a_backup(tmp_path: Path)
         assert tar.getnames() == [backup.HEAD, f"users/{key}/pairs/1/cache"]
         assert {(each.uid, each.uname) for each in tar} == {(0, "")}
     assert (made.files, made.users, made.left_out) == (1, 1, 0)
+
+
+def test_nobodys_workspace_expires_because_the_backup_is_old(portal: Path, tmp_path: Path) -> None:
+    shutil.copytree(portal, tmp_path / "data")
+    ada = workspace_of(portal, ADA).name
+    with closing(Index(tmp_path / "data")) as index:
+        index.saw(ada, ADA)
+    with closing(sqlite3.connect(tmp_path / "data" / FILE_NAME)) as index, index:
+        index.execute("UPDATE users SET last_seen = '2020-01-01T00:00:00.000000+00:00'")
+    backup.back_up(tmp_path / "data", tmp_path / "b.tar.gz")
+    backup.restore(tmp_path / "b.tar.gz", tmp_path / "restored")
+    assert housekeeping.tidy(tmp_path / "restored", 30).expired == ()
+    assert everything(workspace_of(tmp_path / "restored", ADA))
+    assert housekeeping.tidy(tmp_path / "data", 30).expired == (ada,), "the backup was not old"
 
 
 def test_a_content_with_several_names_is_stored_once_and_linked_again(tmp_path: Path) -> None:
@@ -236,16 +252,16 @@ def backup_while(data: Path, act: Callable[[], object]) -> tuple[set[str], backu
 
 def test_the_index_is_copied_with_what_only_its_log_holds(portal: Path, tmp_path: Path) -> None:
     shutil.copytree(portal, tmp_path / "data")
-    with closing(sqlite3.connect(tmp_path / "data" / backup.INDEX)) as index:
+    with closing(sqlite3.connect(tmp_path / "data" / FILE_NAME)) as index:
         index.execute("PRAGMA wal_autocheckpoint = 0")
         index.execute("INSERT INTO probe VALUES ('only in the log')")
         index.commit()
-        assert (tmp_path / "data" / f"{backup.INDEX}-wal").stat().st_size > 0
+        assert (tmp_path / "data" / f"{FILE_NAME}-wal").stat().st_size > 0
         backup.back_up(tmp_path / "data", tmp_path / "b.tar.gz")
     backup.restore(tmp_path / "b.tar.gz", tmp_path / "restored")
-    with closing(sqlite3.connect(tmp_path / "restored" / backup.INDEX)) as index:
+    with closing(sqlite3.connect(tmp_path / "restored" / FILE_NAME)) as index:
         assert ("only in the log",) in index.execute("SELECT run FROM probe").fetchall()
-    assert not list((tmp_path / "restored").glob(f"{backup.INDEX}-*"))
+    assert not list((tmp_path / "restored").glob(f"{FILE_NAME}-*"))
 
 
 @pytest.mark.parametrize("where", ["in the folder", "no folder", "no target"])
@@ -329,7 +345,7 @@ HOSTILE: dict[str, tuple[Callable[[], Members], str]] = {
     "another blob": (lambda: member(f"blobs/{'0' * 64}"), "another content"),
     "another model": (lambda: member(f"users/{'a' * 32}/models/{'0' * 64}/m.onnx"), "another"),
     "another feed": (lambda: member(f"feeds/{'0' * 64}/a.npz"), "another content"),
-    "no index": (lambda: member(backup.INDEX, b"SQLite format 3\0" + b"x" * 4096), backup.INDEX),
+    "no index": (lambda: member(FILE_NAME, b"SQLite format 3\0" + b"x" * 4096), FILE_NAME),
 }
 
 

@@ -254,6 +254,25 @@ def test_a_job_goes_on_when_its_tab_is_closed_and_a_new_tab_sees_it_done(data: P
 
 
 @pytest.mark.slow
+def test_who_comes_back_to_a_tab_long_after_its_job_finds_the_new_run_opened(data: Path) -> None:
+    """A browser asks for a tab in the background once a minute: by then the worker may be gone."""
+    idle = {"QUANT_INSPECTOR_WORKER_IDLE_SECONDS": "1"}
+    root = workspace_of(data, ADA)
+    Workspace(root).save_draft(the_run(root).pair_id, {"nodes": ["gemm_1"]})
+    with header_portal(data, environment=idle) as portal, visitor(portal) as tab:
+        for page, key in (("exclusions", "requantize"), ("models", "sample-digit-transformer")):
+            tab.visit(page)
+            tab.finish()
+            before = tab.query.get("run")
+            tab.click(key)
+            assert tab.is_waiting, "its job has ended already: there is nothing to come back to"
+            until(lambda: state(data) == "done" and not workers_of(portal))
+            tab.finish()
+            assert tab.query.get("run") != before, page
+        assert tab.errors == []
+
+
+@pytest.mark.slow
 def test_what_the_end_of_the_server_stopped_is_told_once_and_goes_on_when_asked(
     data: Path,
 ) -> None:

@@ -103,6 +103,18 @@ def test_large_arguments_and_results_pass(shared: Worker) -> None:
     assert shared.result(shared.submit(job_samples.add, block, b"end"), SECONDS) == block + b"end"
 
 
+def test_a_result_that_was_taken_is_not_kept(shared: Worker, tmp_path: Path) -> None:
+    job = shared.submit(job_samples.add, b"large", b" result")
+    taken = shared.take(job, SECONDS)
+    assert (taken.state, taken.result) == ("done", b"large result")
+    assert shared.take(job).result is None
+    assert shared.status(job).state == "done", "how it ended is kept"
+    going = shared.submit(job_samples.step_until_cancelled, tmp_path / "begun")
+    assert shared.take(going).state in ("queued", "running")
+    shared.cancel(going)
+    assert shared.take(going, SECONDS).state == "cancelled"
+
+
 def test_an_error_crosses_with_its_class_message_and_hint(shared: Worker) -> None:
     job = shared.submit(job_samples.fail_with_hint)
     with pytest.raises(FeedError, match="images has shape 3x3, expected 1x3") as caught:

@@ -294,12 +294,21 @@ def test_a_tick_is_previewed_before_anything_is_quantized(loaded: Workspace) -> 
 
 @pytest.mark.slow
 def test_what_the_preview_said_stands_beside_what_came(loaded: Workspace) -> None:
+    before = last_run(loaded)
     test = app("exclusions")
     test.button(key="tick-more-0").click().run()
     wait(test, lambda page: "Preview: 4 nodes in float" in words(page))
     test.button(key="requantize").click().run()
     wait(test, lambda page: "4 nodes left in float" in words(page) and "run" in page.query_params)
     assert re.search(r"run 1 → run \d+; preview \d+\.\d dB, confirmed", words(test))
+    # A click that came before the browser had the new address brings the one of before along.
+    made = test.query_params["run"]
+    test.query_params["run"] = before
+    assert test.run().query_params["run"] == made
+    assert "4 nodes left in float" in words(test)
+    test.run()
+    test.query_params["run"] = before
+    assert test.run().query_params["run"] == before, "by then another run may be chosen"
 
 
 def lab(test: AppTest) -> AppTest:

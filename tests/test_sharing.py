@@ -284,6 +284,22 @@ def test_a_shared_run_shows_the_very_same_figures_on_every_page(
 
 
 @pytest.mark.slow
+def test_who_may_only_look_sees_the_run_and_not_what_its_owner_tries_at_the_moment(
+    portal: Portal, owned: Owned
+) -> None:
+    share(portal, owned, BOB)
+    share(portal, owned, EVE, editable=True)
+    node = f"{watermark(owned.address)}_relu"
+    owned.space.save_draft(owned.pair, {"nodes": [node]})
+    ticked = {}
+    for address in (owned.address, BOB, EVE):
+        with person(portal, address) as one:
+            shown = one.visit("exclusions", f"run={owned.run}")
+            ticked[address] = b"1 node" in shown
+    assert ticked == {owned.address: True, BOB: False, EVE: True}
+
+
+@pytest.mark.slow
 def test_the_dialog_shares_with_several_people_and_takes_back_at_once(
     portal: Portal, owned: Owned
 ) -> None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,20 @@ def test_a_workspace_can_be_moved(workspace: Workspace, tmp_path: Path) -> None:
     calibration = moved.pair(pair.id).calibration
     assert calibration is not None
     assert calibration.path == ""
+
+
+def test_runs_made_at_the_same_moment_get_numbers_of_their_own(workspace: Workspace) -> None:
+    pair = a_pair(workspace)
+    workspace.save_pair(pair)
+    workspace.save_run(a_run(pair, number=0), {})
+    with ThreadPoolExecutor(8) as threads:
+        claimed = list(threads.map(lambda _: workspace.claim_number(pair.id), range(40)))
+    assert sorted(claimed) == list(range(1, 41))
+    last = workspace.save_run(a_run(pair, number=40), {})
+    workspace.delete_run(last.id)
+    assert workspace.claim_number(pair.id) == 41, "the name of a deleted run is not given again"
+    workspace.save_run(a_run(pair, number=90), {})  # as an older version saved it
+    assert workspace.claim_number(pair.id) == 91
 
 
 def test_pairs_are_listed_newest_first_and_runs_by_number(workspace: Workspace) -> None:

@@ -549,6 +549,35 @@ def test_in_a_portal_an_upload_is_its_users_and_within_their_limits(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_who_sends_too_many_files_at_once_is_asked_to_wait_and_nobody_else(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with header_portal(data) as portal, contextlib.ExitStack() as opened:
+        address, tab = inbox_address(portal.address, **portal.identity(ADA))
+        bobs, other = inbox_address(portal.address, **portal.identity(BOB))
+        who = {str(key): value for key, value in portal.identity(ADA)["headers"].items()}
+        opened.enter_context(tab)
+        opened.enter_context(other)
+        ada, bob = (opened.enter_context(portal.client(each)) for each in (ADA, BOB))
+        files = [f"{address}/{number:032x}" for number in range(routes.MOST_AT_ONCE + 1)]
+        senders = [
+            opened.enter_context(
+                begun(portal.address, file, 100, b"x" * 40, **who, **{"Upload-Name": f"{number}"})
+            )
+            for number, file in enumerate(files[:-1])
+        ]
+        one_more = about(3, name="last.onnx")
+        wait_for(lambda: ada.put(files[-1], headers=one_more, content=b"").status_code != 200, 30)
+        answer = ada.put(files[-1], headers=one_more, content=b"123")
+        assert answer.status_code == 429
+        assert str(routes.MOST_AT_ONCE) in answer.json()["text"]
+        assert bob.put(f"{bobs}/{ID}", headers=about(3), content=b"123").json()["done"]
+        senders[0].sendall(b"x" * 60)
+        assert b'"done":true' in senders[0].recv(1000)
+        answer = ada.put(files[-1], headers=one_more, content=b"123")
+        assert answer.json()["done"], "one has ended, so another may come"
+
+
+@pytest.mark.slow
 def test_a_large_upload_does_not_grow_the_servers_memory(tmp_path: Path) -> None:
     port = free_port()
     app = f"http://127.0.0.1:{port}"

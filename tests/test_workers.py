@@ -160,6 +160,22 @@ def test_a_workspace_has_so_many_unfinished_jobs_and_no_more_over_all_roles(
     assert [job.id for job in workers.unfinished(ADA)] == [first, third]
 
 
+def test_how_a_job_ended_outlives_its_worker(workers: Workers, clock: Clock) -> None:
+    ends = []
+    job = workers.submit(
+        ADA, "main", job_samples.add, 1, 2, most=2, title="adding",
+        on_begin=lambda _: None, on_end=ends.append,
+    )  # fmt: skip
+    workers.get(ADA, "main").wait(job, 60)
+    clock.now = 1e6
+    assert workers.tidy(idle_seconds=1.0, most=1) == 1
+    assert workers.holder(ADA, job) is None
+    (end,) = ends
+    assert workers.ended(job) == end
+    assert end.result == 3
+    assert workers.ended("another") is None
+
+
 def test_the_refusal_tells_running_jobs_from_waiting_ones(workers: Workers, tmp_path: Path) -> None:
     running = counted(workers, tmp_path / "1")
     counted(workers, tmp_path / "2")

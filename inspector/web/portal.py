@@ -18,7 +18,7 @@ import streamlit as st
 import streamlit.logger
 from starlette.concurrency import run_in_threadpool
 
-from inspector import audit, housekeeping, logs
+from inspector import audit, confinement, housekeeping, logs
 from inspector.errors import InspectorError, SettingError
 from inspector.hosting import Settings
 from inspector.index import Index
@@ -83,6 +83,7 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
 
     Unfinished uploads do not outlive it either.
     """
+    confinement.give_memory_back()
     await run_in_threadpool(uploads.remove_leftovers, _workspaces())
     found = identity.settings()
     metrics.watch(found.data or session.own_root(), session.workers)

@@ -588,7 +588,18 @@ def select_tensor(name: str) -> None:
 
 def select_run(run_id: str) -> None:
     """Puts a run into the address; on every page."""
+    st.session_state.pop("opening-run", None)
     if st.query_params.get("run") != run_id:
+        st.query_params["run"] = run_id
+
+
+def _open_run(run_id: str) -> None:
+    """Selects a run until the browser has taken it in: a click that came before it did brings the
+    address of then along, and the new run would not be shown."""
+    if st.query_params.get("run") == run_id:
+        st.session_state.pop("opening-run", None)
+    else:
+        st.session_state["opening-run"] = run_id
         st.query_params["run"] = run_id
 
 
@@ -796,7 +807,8 @@ def running_title(title: str) -> JobStatus | None:
 
 def _job(job_id: str) -> JobStatus | None:
     """The job's state; None where it ended so long ago that it is forgotten."""
-    return next((job for job in worker().jobs() if job.id == job_id), None)
+    found = next((job for job in worker().jobs() if job.id == job_id), None)
+    return found or _workers.ended(job_id)
 
 
 def settle() -> str | None:
@@ -805,6 +817,8 @@ def settle() -> str | None:
     Returns the run of a pair that was loaded just now: its overview is to be opened.
     """
     loaded = None
+    if "opening-run" in st.session_state:
+        _open_run(st.session_state["opening-run"])
     followed = _followed()
     answering = {
         entry.removeprefix("main:") for entry in _answers().values() if isinstance(entry, str)
@@ -832,7 +846,7 @@ def settle() -> str | None:
             if purpose == "load":
                 loaded = str(status.result)
             elif purpose == "requantize":
-                select_run(str(status.result))
+                _open_run(str(status.result))
     return loaded
 
 
@@ -931,11 +945,14 @@ def ask(
             del answers[next(iter(answers))]
         entry = f"{role}:{job_id}"
     role, job_id = entry.split(":", 1)
-    if not any(job.id == job_id for job in _worker(role).jobs()):
-        # Its worker was ended since, and the answer with it.
-        answers.pop(key, None)
-        return ask(key, function, *args, title=title, role=role, patience=patience, **kwargs)
-    now = _worker(role).wait(job_id, patience) if patience else _worker(role).status(job_id)
+    try:
+        now = _worker(role).take(job_id, patience)
+    except RunError:  # its worker was ended since
+        ended = _workers.ended(job_id)
+        if ended is None:  # and the answer with it
+            answers.pop(key, None)
+            return ask(key, function, *args, title=title, role=role, patience=patience, **kwargs)
+        now = ended
     if now.state in ACTIVE:
         return Answer(job=now)
     if now.state == "cancelled":
@@ -1037,12 +1054,11 @@ def forget(key: tuple[Hashable, ...]) -> None:
 def tensor_detail(view: View) -> Answer:
     """The binned values of the selected tensor, from the store or from a worker."""
     kind = "activation" if view.kind == "activation" else "weight"
-    partner = view.record.quantized_name if view.record else ""
-    kept = workspace().detail(view.run.id, store.detail_key(kind, view.tensor, partner))
+    kept = workspace().detail(view.run.id, store.detail_key(kind, view.tensor, _partner(view)))
     if kept is not None:
         return Answer(value=kept)
-    return ask(
-        ("tensor", view.run.id, view.tensor, partner),
+    answer = ask(
+        _tensor_key(view),
         tasks.inspect_tensor,
         root(),
         run_id=view.run.id,
@@ -1050,6 +1066,9 @@ def tensor_detail(view: View) -> Answer:
         kind=kind,
         title="Reading the tensor's values",
     )
+    if answer.value is not None:
+        forget_tensor(view)  # the store has it now, which costs no memory
+    return answer
 
 
 # A click is to be answered in the run of the script that it starts.
@@ -1098,8 +1117,16 @@ def _drop(key: tuple[Hashable, ...]) -> None:
 
 def forget_tensor(view: View) -> None:
     """Lets the next `tensor_detail` try again."""
-    partner = view.record.quantized_name if view.record else ""
-    forget(("tensor", view.run.id, view.tensor, partner))
+    forget(_tensor_key(view))
+
+
+def _tensor_key(view: View) -> tuple[Hashable, ...]:
+    return "tensor", view.run.id, view.tensor, _partner(view)
+
+
+def _partner(view: View) -> str:
+    """The selected tensor's name in the quantized model."""
+    return view.record.quantized_name if view.record else ""
 
 
 def stop_job(job_id: str) -> None:
@@ -1111,11 +1138,14 @@ def stop_job(job_id: str) -> None:
 
 
 def overrides(view: View) -> list[dict[str, Any]]:
-    """The grids set by hand for the next run: those of the shown run, and what was changed since.
+    """The grids set by hand for the next run: those of the shown run, and what was changed since,
+    which only who may edit sees.
 
     Each as `TensorOverride.to_json` writes it.
     """
     kept: Mapping[str, Any] = workspace().draft(view.pair.id).get("overrides", {})
+    if not may_edit():
+        kept = {}
     own = kept.get(view.run.id, view.run.recipe.get("overrides", ()))
     return [dict(each) for each in own]
 
@@ -1150,9 +1180,12 @@ class Draft:
 
 
 def draft(pair_id: str, applied: tuple[str, ...] = ()) -> Draft:
-    """The ticked nodes of a pair; those of the shown run where none were ticked yet."""
+    """The ticked nodes of a pair; those of the shown run where none were ticked yet.
+
+    Who may only look sees the run as it is, and not what somebody else is trying at the moment.
+    """
     kept: Mapping[str, Any] = workspace().draft(pair_id)
-    if "nodes" not in kept:
+    if "nodes" not in kept or not may_edit():
         return Draft(nodes=tuple(applied))
     return Draft(
         nodes=tuple(kept["nodes"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from inspector.jobs import ACTIVE, JobStatus, Worker
 # A worker that was asked for just now is about to get a job, or a page to fetch what came of one,
 # which on a busy server may take some seconds.
 FRESH_SECONDS = 20.0
+# Counted jobs whose end is remembered when their worker has been ended.
+_KEPT_ENDS = 200
 
 
 @dataclass(slots=True)
@@ -46,6 +49,7 @@ class Workers:
         # Counted jobs by id, with whose they are: held while one is added, so that none slips in.
         self._submitting = threading.Lock()
         self._counted: dict[str, tuple[Path, Worker]] = {}
+        self._ends: OrderedDict[str, JobStatus] = OrderedDict()
         self._keeper: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -98,7 +102,12 @@ class Workers:
             job_id = uuid.uuid4().hex
             on_begin(job_id)
             worker = self.get(root, role)
-            worker.submit(function, *args, title=title, job_id=job_id, on_end=on_end, **kwargs)
+
+            def end(job: JobStatus) -> None:
+                self._remember(job)
+                on_end(job)
+
+            worker.submit(function, *args, title=title, job_id=job_id, on_end=end, **kwargs)
             self._counted[job_id] = (root, worker)
             return job_id
 
@@ -112,6 +121,18 @@ class Workers:
             elif whose == root:
                 found.append(job)
         return tuple(found)
+
+    def _remember(self, job: JobStatus) -> None:
+        with self._lock:
+            self._ends[job.id] = job
+            while len(self._ends) > _KEPT_ENDS:
+                self._ends.popitem(last=False)
+
+    def ended(self, job_id: str) -> JobStatus | None:
+        """How a counted job has ended, also when its worker is gone: a browser asks seldom for
+        what is on a tab in the background. None where it has not, or ended long ago."""
+        with self._lock:
+            return self._ends.get(job_id)
 
     def holder(self, root: Path, job_id: str) -> Worker | None:
         """The worker of a workspace that has a job; None where it was forgotten."""
