@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -32,8 +33,9 @@ from inspector.comparison import (
 )
 from inspector.errors import Cancelled, ModelError
 from inspector.render import comparison_json, format_db, read_comparison, read_number
-from inspector.store import PROFILE_KEY, FeedSource, Workspace
+from inspector.store import PROFILE_KEY, FeedSource, RunRecord, Workspace
 from inspector.web import forms, graphs, session, tables, tasks
+from inspector.web.session import View
 from inspector.web.uploads import Uploaded
 from inspector.web.words import md_code, md_text
 from tests.samples import ROOT, array, floats, model, qdq_of, save
@@ -309,6 +311,23 @@ def test_what_the_preview_said_stands_beside_what_came(loaded: Workspace) -> Non
     test.run()
     test.query_params["run"] = before
     assert test.run().query_params["run"] == before, "by then another run may be chosen"
+
+
+@pytest.mark.parametrize("page", ["exclusions", "tensors"])
+def test_a_tab_lets_go_of_the_runs_it_showed_before(loaded: Workspace, page: str) -> None:
+    first, *_, last = loaded.runs(loaded.current_pair() or "")
+
+    def kept(run: RunRecord) -> int:
+        gc.collect()
+        return sum(isinstance(each, View) and each.run.id == run.id for each in gc.get_objects())
+
+    test = app(page, run=first.id)
+    assert kept(first) > 0, "its buttons have it"
+    test.query_params["run"] = last.id
+    test.run()
+    test.run()
+    assert kept(last) > 0
+    assert kept(first) == 0
 
 
 def lab(test: AppTest) -> AppTest:

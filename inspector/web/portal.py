@@ -210,6 +210,7 @@ def main() -> None:
     # Before the sign-in as well: a page that is not known yet would be sought beside the script.
     current = st.navigation(list(pages.values()), position="hidden")
     identity.require()
+    session.drop_stale_widgets()
     widgets.register_pages(pages)
     session.start()
     loaded = session.settle()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from inspector import hosting, store
 from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
@@ -745,6 +746,23 @@ def dismiss_stopped() -> None:
     """Does not tell of the stopped jobs any more, in no tab that is opened from now on."""
     st.session_state["stopped"] = ()
     _records().dismiss_stopped(identity.require().key)
+
+
+def drop_stale_widgets() -> None:
+    """Lets go of the callbacks of widgets that the last page did not show.
+
+    Streamlit forgets what such a widget was set to, but keeps its callback with all arguments, a
+    whole view among them, for as long as the tab is open. Where its insides are others than those
+    of 1.67, nothing is dropped.
+    """
+    state = getattr(getattr(get_script_run_ctx(), "session_state", None), "_state", None)
+    new, old = getattr(state, "_new_widget_state", None), getattr(state, "_old_state", None)
+    known = getattr(new, "widget_metadata", None)
+    shown = getattr(new, "states", None)
+    if known is None or shown is None or old is None:
+        return
+    for widget in [each for each in known if each not in shown and each not in old]:
+        del known[widget]
 
 
 # ── jobs this tab waits for ──────────────────────────────────────────────────────────────────
