@@ -9,6 +9,7 @@ housekeeping need the same settings without a web server.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import ipaddress
 import re
@@ -33,7 +34,7 @@ _TAKEN = frozenset(
         *("user-agent", "x-forwarded-for", "x-forwarded-proto", SECRET_HEADER.lower()),
     }
 )
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])B?|B)", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 # (variable, what it is, default as text); the README's table.
@@ -85,6 +86,10 @@ SETTINGS = (
     ),
 )
 _DEFAULTS = {name: default for name, _, default in SETTINGS}
+# Of the command line, and of tests.
+_OTHERS = frozenset(
+    f"QUANT_INSPECTOR_{each}" for each in ("CLUSTER", "THREADS", "MODELS", "CHAOS", "CHAOS_SEED")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +184,22 @@ def read_settings(environ: Mapping[str, str], server_address: str | None) -> Set
         proxy_secret=secret,
         sign_out=_sign_out(given["QUANT_INSPECTOR_SIGN_OUT"], auth),
     )
+
+
+def check_names(environ: Mapping[str, str]) -> None:
+    """Refuses variables that look like settings and are none: what they were to set would not hold.
+
+    Raises:
+        SettingError: there is one.
+    """
+    known = {*_DEFAULTS, *_OTHERS}
+    for name in sorted(environ):
+        if name.startswith("QUANT_INSPECTOR_") and name not in known:
+            close = difflib.get_close_matches(name, _DEFAULTS, 1, 0.8)
+            raise SettingError(
+                f"{name} is set, which is no setting",
+                hint=f"Set {close[0]} instead, or unset it." if close else f"Unset {name}.",
+            )
 
 
 def is_near(address: str | None) -> bool:
@@ -280,7 +301,9 @@ def _whole(given: Mapping[str, str], name: str, *, least: int) -> int:
 def _size(given: Mapping[str, str], name: str) -> int:
     text = given[name] or _DEFAULTS[name]
     found = _SIZE.fullmatch(text)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and len(text) < 24 else 0
+    size = (
+        int(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found and len(text) < 24 else 0
+    )
     if size < 1:
         raise SettingError(
             f"{name} is {text[:40]!r}, expected a size such as 500 MB or 4 GB",

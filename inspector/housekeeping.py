@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,11 @@ from inspector.store import Workspace, new_id
 ROUND_SECONDS = 24 * 3600.0
 CACHE_DAYS = 30
 
+# Not part of a backup, as its name begins with a dot.
+LOCK = ".server.lock"
+
+# By folder, the open file by which this process has it.
+_held: dict[Path, int] = {}
 _KEY = re.compile(r"[0-9a-f]{32}")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
@@ -60,6 +66,27 @@ def make_private(data: Path) -> None:
     for name in ("users", "blobs", "temporary"):
         (data / name).mkdir(exist_ok=True)
         (data / name).chmod(0o700)
+
+
+def hold(data: Path) -> bool:
+    """Takes a folder for this server, until its process ends; False where another one has it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if data in _held or sys.platform == "win32":
+        return True
+    import fcntl
+
+    data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = os.open(data / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return False
+    _held[data] = file
+    return True
 
 
 def tidy(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inspector import hosting
 from inspector.errors import SettingError
 from inspector.hosting import (
     LONGEST_ADDRESS,
@@ -153,7 +154,7 @@ def test_a_sign_out_that_is_no_address_is_refused(address: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("500 MB", 500 * 10**6), ("1.5GB", 1_500_000_000), ("2t", 2 * 10**12), ("1024", 1024)],
+    [("500 MB", 500 * 10**6), ("1.5GB", 1_500_000_000), ("2t", 2 * 10**12), ("1024 B", 1024)],
 )
 def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
     assert portal(AUTH="oidc", QUOTA=text).quota_bytes == size
@@ -162,7 +163,7 @@ def test_sizes_are_read_with_their_unit(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        *(("UPLOAD_LIMIT", each) for each in ("0", "-1", "lots", "4 GiB", "1e9", "9" * 30)),
+        *(("UPLOAD_LIMIT", each) for each in ("0 B", "-1", "lots", "4 GiB", "1e9", "20", "9" * 30)),
         *(("JOBS", each) for each in ("0", "-1", "2.5", "many", "٣")),
         ("EXPIRY_DAYS", "-3"),
         ("WORKERS", "0"),
@@ -174,6 +175,24 @@ def test_a_limit_that_cannot_be_read_is_named_with_its_default(name: str, text: 
     assert f"QUANT_INSPECTOR_{name}" in error.message
     assert f"QUANT_INSPECTOR_{name}" in error.hint
     assert portal(AUTH="oidc", EXPIRY_DAYS="0").expiry_days == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("QUANT_INSPECTOR_UPLOADLIMIT", "QUANT_INSPECTOR_UPLOAD_LIMIT"),
+        ("QUANT_INSPECTOR_PROXYSECRET", "QUANT_INSPECTOR_PROXY_SECRET"),
+        ("QUANT_INSPECTOR_XYZZY", ""),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_refused_with_the_one_that_was_meant(
+    name: str, meant: str
+) -> None:
+    with pytest.raises(SettingError) as refused:
+        hosting.check_names({"PATH": "/bin", "QUANT_INSPECTOR_MODE": "portal", name: "1"})
+    assert name in refused.value.message
+    assert refused.value.hint.startswith(f"Set {meant} instead" if meant else f"Unset {name}")
+    hosting.check_names({each: "1" for each, _, _ in hosting.SETTINGS})
 
 
 # ------------------------------------------------------------------------------------- people

@@ -519,8 +519,9 @@ def test_the_main_path_works_behind_the_site_of_the_readme(
     (words,) = (b for b in blocks("bash") if "quant-inspector backup" in b)
     archive = tmp_path / "b.tar.gz"
     command = words.splitlines()[0].replace(DATA, str(site.data))
-    command = command.replace("/var/backups/quant-inspector.tar.gz", str(archive))
-    command = command.replace("quant-inspector backup", f"{sys.executable} -m inspector.cli backup")
+    command = command.replace("/var/backups/quant-inspector/today.tar.gz", str(archive))
+    installed = "/opt/quant-inspector/.venv/bin/quant-inspector"
+    command = command.replace(installed, f"{sys.executable} -m inspector.cli")
     subprocess.run(shlex.split(command), cwd=ROOT, check=True, capture_output=True)
     restore(archive, tmp_path / "restored")
     again = Workspace(workspace_of(tmp_path / "restored", ADA))

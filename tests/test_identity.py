@@ -186,6 +186,18 @@ def test_a_setting_that_cannot_be_used_ends_the_program(
             '[auth.other]\nclient_id="i"\n',
             "client_secret",
         ),
+        (
+            "[auth]\nredirect_uri='http://x/oauth2callback'\n"
+            f"cookie_secret='python3 -c {'x' * 32}'\n"
+            "client_id='i'\nclient_secret='s'\nserver_metadata_url='http://x/m'\n",
+            "has the example's own cookie_secret or client_secret",
+        ),
+        (
+            f"[auth]\nredirect_uri='http://x/oauth2callback'\ncookie_secret='{COOKIE_SECRET}'\n"
+            "[auth.one]\nclient_id='i'\nclient_secret='of the provider'\n"
+            "server_metadata_url='http://x/m'\n",
+            "has the example's own cookie_secret or client_secret",
+        ),
     ],
 )
 def test_openid_settings_that_nobody_could_sign_in_with_are_refused(

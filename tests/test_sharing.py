@@ -253,6 +253,7 @@ def test_without_a_share_the_answer_is_that_of_a_run_that_does_not_exist(
                 shown = bob.visit(page, query=f"run={run}")
                 assert owned.mark not in shown
                 assert owned.address.encode() not in shown
+                assert b"You are signed in as" in shown
                 texts = re.findall(rb"[ -~]*there is no run[ -~]*", shown)
                 assert texts, page
                 said[run] = [text.replace(run.encode(), b"ID") for text in texts]
@@ -308,6 +309,8 @@ def test_the_dialog_shares_with_several_people_and_takes_back_at_once(
         shown = ada.do("share")
         assert f"/overview?run={owned.run}".encode() in shown
         ada.do("share-addresses", string_value="not;an<address")
+        assert b"is not an address" in ada.do("share-now")
+        ada.do("share-addresses", string_value="*@example.org")
         assert b"is not an address" in ada.do("share-now")
         ada.do("share-addresses", string_value=owned.address)
         assert b"expected 1 to 50" in ada.do("share-now")
@@ -365,6 +368,9 @@ def test_what_everyone_may_see_everyone_finds_on_the_models_page(
         shown = anybody.visit("models")
         assert b"Shared with me" in shown
         assert owned.mark in shown
+        assert b"Shared with me" in anybody.visit("overview"), "who has nothing sees it at once"
+        assert f"shared-first-{owned.run}" in anybody.ids
+        anybody.visit("models")
         shown = anybody.click(f"shared-{owned.run}")
         assert b"you may edit" in shown
         assert anybody.query == {"run": owned.run}

@@ -765,6 +765,32 @@ def test_a_model_with_external_data_and_feeds_is_uploaded_watched_and_compared(
 
 @pytest.mark.slow
 @pytest.mark.browser
+def test_nothing_is_compared_while_a_file_that_failed_stands_in_a_field(
+    page: Page, tmp_path: Path
+) -> None:
+    data, sample = tmp_path / "data", ROOT / "sample_models" / "digit-transformer"
+    loaded(data)
+    empty = tmp_path / "empty <b>.onnx"
+    empty.write_bytes(b"")
+    with running_app(data) as app:
+        models_page(page, app)
+        field(page, "float")(sample / "float.onnx")
+        field(page, "inputs")(sample / "feeds.npz")
+        compare = page.get_by_role("button", name="Compare")
+        expect(compare).to_be_enabled(timeout=PATIENCE)
+        field(page, "quantized")(empty)
+        row = page.locator(".st-key-upload-quantized .row")
+        expect(row).to_have_class("row failed", timeout=PATIENCE)
+        # The float model would be quantized with the defaults, and taken for that file.
+        expect(compare).to_be_disabled(timeout=PATIENCE)
+        reason = page.locator(".st-key-compare-row").get_by_text("Not uploaded: empty <b>.onnx")
+        expect(reason).to_be_visible(timeout=PATIENCE)
+        row.get_by_role("button", name="Remove").click()
+        expect(compare).to_be_enabled(timeout=PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
 def test_an_upload_survives_a_cut_connection_begins_again_after_a_restart_and_leaves_nothing(
     page: Page, tmp_path: Path
 ) -> None:

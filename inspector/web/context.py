@@ -134,3 +134,4 @@ def nothing_loaded() -> None:
             on_click=widgets.open_sample,
             args=(session.FIRST_SAMPLE,),
         )
+    sharing.shared_with_me("-first")

@@ -500,10 +500,7 @@ def preview_sentence(
     if would is None:
         return f"Preview: {nodes}; no output of floating-point values to judge by"
     now = output_of(view.comparison, would["name"])
-    before, was = (now.sqnr_db, judged_db(now)) if now else (None, None)
-    without = _without(found, would["name"])
-    if without is not None:
-        before, was = (read_number(without[key]) for key in ("sqnr_db", "worst_part_sqnr_db"))
+    before, was = _before(view, found, would["name"])
     text = f"Preview: {nodes} would give {shorten_name(str(would['name']), 30)} "
     text += _now_and_then(before, would["sqnr_db"])
     will = read_number(would["worst_part_sqnr_db"])
@@ -545,10 +542,26 @@ def _now_and_then(now: float | None, then: Any) -> str:
     return after if now is None else f"{format_db(now)} → {after}"
 
 
-def preview_severity(found: Mapping[str, Any], output: str | None) -> str:
-    """The severity of what a list would give: a key of `style.SIGNS`."""
+def _before(view: View, found: Mapping[str, Any], output: str) -> tuple[float | None, float | None]:
+    """SQNR in dB of an output, and of its worst part, that a preview is set beside."""
+    without = _without(found, output)
+    if without is not None:
+        return read_number(without["sqnr_db"]), read_number(without["worst_part_sqnr_db"])
+    now = output_of(view.comparison, output)
+    return (now.sqnr_db, judged_db(now)) if now else (None, None)
+
+
+def preview_severity(view: View, found: Mapping[str, Any], output: str | None) -> str:
+    """The severity of what a list would give: a key of `style.SIGNS`. What is worse than without
+    the list is not fine, however good it is."""
     would = _previewed(found, output)
-    return style.severity(read_number(would["worst_part_sqnr_db"]) if would is not None else None)
+    if would is None:
+        return style.severity(None)
+    sign = style.severity(read_number(would["worst_part_sqnr_db"]))
+    before, _ = _before(view, found, would["name"])
+    after = read_number(would["sqnr_db"])
+    worse = before is not None and after is not None and after < before - LEAST_SHOWN_DB
+    return "look" if worse and sign == "fine" else sign
 
 
 def _nodes(number: int) -> str:

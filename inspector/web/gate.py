@@ -53,8 +53,11 @@ _MEDIA = re.compile(rb"/media/([0-9a-f]{16,128})")
 # caches, or ask for a place in Streamlit's own uploads, which stay in memory.
 _UNWANTED = frozenset({"load_git_info", "clear_cache", "set_run_on_save", "file_urls_request"})
 _SIGN_IN_PAGE = (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>Sign in</title>'
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" '
+    'content="light dark"><title>Quant Inspector</title>'
     '<body style="font-family: system-ui, sans-serif; margin: 3rem"><h1>Sign in to continue</h1>'
+    "<p>Quant Inspector was not told who you are: open it by the address at which your team signs "
+    "in."
 )
 _HEADERS = {
     "Cache-Control": "no-store",

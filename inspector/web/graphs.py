@@ -800,7 +800,7 @@ def finding(view: View, draft: Draft) -> None:
                 text += f" · ≈ {format_ms(seconds)}"
             if size is not None:
                 text += f", ≈ {format_bytes(size)}"
-            widgets.sentence(text, facts.preview_severity(answer.value, output.output))
+            widgets.sentence(text, facts.preview_severity(view, answer.value, output.output))
         else:
             text = facts.change_sentence(
                 view, output.output, draft.nodes,

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -91,6 +91,7 @@ def checked_settings() -> Settings:
     Raises:
         SettingError: a setting cannot be used, or nobody could sign in.
     """
+    hosting.check_names(os.environ)
     found = settings()
     if not found.is_portal:
         return found
@@ -123,7 +124,7 @@ def _check_openid() -> None:
             auth_util.validate_auth_credentials(name)
     except StreamlitAuthError as error:
         raise SettingError(
-            f"QUANT_INSPECTOR_AUTH is oidc, but: {' '.join(str(error).split())}",
+            f"QUANT_INSPECTOR_AUTH is oidc, but: {' '.join(str(error).split()).rstrip('.')}",
             hint="Put redirect_uri, cookie_secret, client_id, client_secret and "
             "server_metadata_url into [auth] of .streamlit/secrets.toml.",
         ) from error
@@ -134,11 +135,27 @@ def _check_openid() -> None:
             f"{_SHORTEST_COOKIE_SECRET} or more: whoever guesses it can be anybody",
             hint="Make one with python -c 'import secrets; print(secrets.token_urlsafe(32))'.",
         )
+    if " " in secret or "of the provider" in map(str, _values(section.to_dict())):
+        raise SettingError(
+            "The [auth] section of .streamlit/secrets.toml has the example's own cookie_secret or "
+            "client_secret, which everybody can read",
+            hint="Replace every value that is marked CHANGE; make a cookie_secret with "
+            "python -c 'import secrets; print(secrets.token_urlsafe(32))'.",
+        )
     if auth_util.get_validated_redirect_uri() is None or not openid_origin().startswith("http"):
         raise SettingError(
             "redirect_uri in .streamlit/secrets.toml does not lead to /oauth2callback",
             hint="Set redirect_uri to the app's address followed by /oauth2callback.",
         )
+
+
+def _values(section: Mapping[str, Any]) -> Iterator[Any]:
+    """What stands in a section and in those within it."""
+    for value in section.values():
+        if isinstance(value, Mapping):
+            yield from _values(value)
+        else:
+            yield value
 
 
 def providers() -> list[str]:
@@ -198,9 +215,12 @@ def _in_header(found: Settings, connection: HTTPConnection) -> User | None:
 def _is_believed(found: Settings, connection: HTTPConnection) -> bool:
     if found.proxy_secret:
         given = connection.headers.getlist(SECRET_HEADER)
-        return len(given) == 1 and hmac.compare_digest(
+        fits = len(given) == 1 and hmac.compare_digest(
             given[0].encode("latin-1"), found.proxy_secret.encode("latin-1")
         )
+        if not fits:
+            _say_wrong_secret(found.header, len(given))
+        return fits
     if "x-forwarded-for" in connection.headers:
         # The server may have put what stands there in the place of the peer.
         _say_unbelieved(found.header)
@@ -210,6 +230,16 @@ def _is_believed(found: Settings, connection: HTTPConnection) -> bool:
     # No peer: a unix socket, which has a path and no port; or a peer that is gone already.
     server = connection.scope.get("server")
     return server is None or server[1] is None
+
+
+@functools.cache
+def _say_wrong_secret(header: str, given: int) -> None:
+    _log.warning(
+        "%s was not believed: %s came %s",
+        header,
+        SECRET_HEADER,
+        "with another value than QUANT_INSPECTOR_PROXY_SECRET" if given == 1 else f"{given} times",
+    )
 
 
 @functools.cache

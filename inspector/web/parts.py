@@ -423,7 +423,7 @@ def gain(view: View, draft: Draft, recipe: Mapping[str, Any] | None) -> None:
         text = facts.preview_sentence(
             view, answer.value, output.output, draft.nodes, overrides=own_overrides(recipe)
         )
-        widgets.sentence(text, facts.preview_severity(answer.value, output.output))
+        widgets.sentence(text, facts.preview_severity(view, answer.value, output.output))
         widgets.tiles(facts.preview_tiles(view, answer.value, output.output))
         for name, reason in answer.value["refused"][:3]:
             st.caption(f"{words.md_code(shorten_name(name, 40))} stays: {words.md_text(reason)}")

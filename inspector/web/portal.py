@@ -66,6 +66,11 @@ def _open_books(found: Settings) -> None:
     assert found.data is not None
     try:
         housekeeping.make_private(found.data)
+        if not housekeeping.hold(found.data):
+            raise SettingError(
+                f"QUANT_INSPECTOR_DATA is {found.data}, which another server is using",
+                hint="Stop that one, or set QUANT_INSPECTOR_DATA to a folder of its own.",
+            )
         audit.keep_in(found.data)
         Index(found.data).close()
     except OSError as error:
@@ -87,7 +92,7 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
     await run_in_threadpool(uploads.remove_leftovers, _workspaces())
     found = identity.settings()
     metrics.watch(found.data or session.own_root(), session.workers)
-    await run_in_threadpool(session.begin_records)
+    await run_in_threadpool(_begin_records)
     if not found.is_portal:
         session.start()
     elif found.data is not None:
@@ -96,6 +101,18 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
     yield
     uploads.inboxes().close()
     session.close_workers()
+
+
+def _begin_records() -> None:
+    """Tells of jobs that the last end of the server has stopped, unless it has not ended: of two
+    local servers on one folder the second knows nothing of the jobs of the first."""
+    if not identity.settings().is_portal:
+        try:
+            if not housekeeping.hold(session.own_root()):
+                return
+        except OSError as error:  # whatever needs the folder says so
+            _log.warning("the folder of the workspace cannot be held: %s", error)
+    session.begin_records()
 
 
 def _workspaces() -> list[Path]:
@@ -227,6 +244,12 @@ def main() -> None:
         widgets.error(error)
         if session.address():
             st.page_link(pages["home"], label="Open the latest run", icon=":material/home:")
+            if session.is_signed_in():
+                own = words.md_text(identity.require().address)
+                st.caption(
+                    f"You are signed in as {own}. Somebody else's run opens once it is shared with "
+                    "this address."
+                )
     if session.has_news():
         st.rerun()
 

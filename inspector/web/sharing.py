@@ -141,7 +141,8 @@ def _addresses(given: str) -> list[str]:
     for word in filter(None, _SEPARATORS.split(given)):
         address = hosting.clean_address(word)
         # Behind a proxy people may have names without.
-        if not address or (identity.settings().auth == "oidc" and "@" not in address[1:-1]):
+        named = identity.settings().auth == "oidc" and "@" not in address[1:-1]
+        if not address or named or "*" in address:
             raise ReportError(
                 f"{shorten_name(word, 60)} is not an address",
                 hint="Write addresses as people sign in with them, with commas between them.",
@@ -262,8 +263,12 @@ def whose() -> None:
         )
 
 
-def shared_with_me() -> None:
-    """The runs that others share with the user, each with a link; nothing where there are none."""
+def shared_with_me(place: str = "") -> None:
+    """The runs that others share with the user, each with a link; nothing where there are none.
+
+    Args:
+        place: tells two of these lists on one page apart.
+    """
     if not session.is_signed_in():
         return
     user, data = identity.require(), identity.settings().data
@@ -283,13 +288,13 @@ def shared_with_me() -> None:
     if not shown:
         return
     st.markdown("**Shared with me**")
-    with st.container(horizontal=True, key="shared-with-me"):
+    with st.container(horizontal=True, key=f"shared-with-me{place}"):
         for share, pair, run in shown:
             owner = session.index().address_of(share.owner_key)
             st.button(
                 f"{md_text(shorten_name(pair.title, 32))} · run {run.number} · "
                 f"{md_text(shorten_name(owner, 32))}",
-                key=f"shared-{share.run_id}",
+                key=f"shared{place}-{share.run_id}",
                 type="tertiary",
                 icon=":material/edit:" if share.editable else ":material/visibility:",
                 on_click=_open_run,

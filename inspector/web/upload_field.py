@@ -81,6 +81,20 @@ def is_under_way() -> bool:
     return any(inbox(key).missing_bytes() for key in _tokens())
 
 
+def failed() -> tuple[str, ...]:
+    """Names of the files of this tab that were not taken and still stand in a field."""
+    by_field: dict[str, list[str]] = st.session_state.get("failed-uploads", {})
+    return tuple(name for names in by_field.values() for name in names)
+
+
+def _note_failed(key: str, told: Any) -> None:
+    """Keeps what a field's script has just told of files that were not taken."""
+    names = told.get("failed") if isinstance(told, dict) else None
+    if isinstance(names, list):
+        by_field = st.session_state.setdefault("failed-uploads", {})
+        by_field[key] = [each for each in names[:100] if isinstance(each, str)]
+
+
 def _nothing() -> None:
     """A callback that does nothing: Streamlit reports only what has one."""
 
@@ -100,7 +114,7 @@ def upload_field(label: str, *, key: str, meaning: str) -> tuple[Uploaded, ...]:
     own.gather()
     found = own.files()
     listed = [{"id": each.id, "name": each.name, "size": each.size_bytes} for each in found]
-    _component()(
+    shown = _component()(
         key=key,
         data={
             "field": key,
@@ -114,4 +128,5 @@ def upload_field(label: str, *, key: str, meaning: str) -> tuple[Uploaded, ...]:
         height="content",
         on_changed_change=_nothing,
     )
+    _note_failed(key, shown.get("changed"))
     return () if own.missing_bytes() else found

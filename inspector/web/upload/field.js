@@ -223,6 +223,7 @@ class Field {
     fail(item, why) {
         item.state = 'failed';
         item.why = why;
+        this.reported = false;
         this.say(`${shown(item.name)} was not uploaded: ${why}`);
         this.draw();
     }
@@ -234,6 +235,8 @@ class Field {
         item.request?.abort();
         if (was !== 'failed') {
             this.forget(item, was === 'done');
+        } else {
+            this.reported = false;
         }
         this.pump();
     }
@@ -255,7 +258,8 @@ class Field {
     report() {
         if (this.view) {
             this.reported = true;
-            this.view.tell('changed', Date.now());
+            const failed = this.items.filter((item) => item.state === 'failed');
+            this.view.tell('changed', { at: Date.now(), failed: failed.map((item) => item.name) });
         }
     }
 
