@@ -733,13 +733,18 @@ def test_a_model_with_external_data_and_feeds_is_uploaded_watched_and_compared(
         expect(page.get_by_text(re.compile(r"MB/s|kB/s")).first).to_be_visible(timeout=PATIENCE)
         slowed(page, -1)
         dropped(page, "inputs", sorted((folder / "inputs").glob("*.npz"))[:4])
-        page.locator(".st-key-upload-quantized").get_by_role("button", name="Choose files").focus()
-        with page.expect_file_chooser() as chooser:
+        expect(page.locator(".st-key-upload-float .row.done")).to_have_count(2, timeout=PATIENCE)
+        expect(page.locator(".st-key-upload-inputs .row.done")).to_have_count(4, timeout=PATIENCE)
+        # What comes of the first feed: nothing is about to be shown that takes the focus away.
+        expect(page.locator(".st-key-preview").get_by_text("float32")).to_be_visible(
+            timeout=PATIENCE
+        )
+        choose = page.locator(".st-key-upload-quantized").get_by_role("button", name="Choose files")
+        with page.expect_file_chooser(timeout=PATIENCE) as chooser:
+            choose.focus()
             page.keyboard.press("Enter")
         chooser.value.set_files(folder / "ort_static_qdq.onnx")
         # A second look at what was chosen: the files are there after another page.
-        expect(page.locator(".st-key-upload-float .row.done")).to_have_count(2, timeout=PATIENCE)
-        expect(page.locator(".st-key-upload-inputs .row.done")).to_have_count(4, timeout=PATIENCE)
         page.get_by_role("link", name="Report").click()
         page.get_by_role("button", name="Download JSON").wait_for(timeout=PATIENCE)
         page.get_by_role("link", name="Models").click()
