@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,3 +27,12 @@ def browser() -> Iterator[Browser]:
         pytest.skip(reason)
     with chromium() as found:
         yield found
+
+
+@pytest.fixture(autouse=True)
+def main_module() -> Iterator[None]:
+    """Streamlit's test runner leaves its script as the main module, which a process that a later
+    test starts by `multiprocessing` would run again."""
+    before = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = before

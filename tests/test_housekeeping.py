@@ -22,7 +22,7 @@ from inspector.housekeeping import keep_tidy, make_private, tidy
 from inspector.index import Index
 from inspector.store import Workspace, new_id
 from tests.browser import free_port
-from tests.hosted import HEADER, header_portal, portal_variables
+from tests.hosted import HEADER, header_portal
 from tests.samples import ROOT
 from tests.test_store import BYTES, SHA256, a_pair, a_run, leftovers
 
@@ -272,21 +272,20 @@ def test_folders_that_were_open_to_others_are_closed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
-def test_a_second_portal_on_the_same_folder_does_not_start_and_the_first_goes_on(
-    data: Path,
+def test_a_second_server_on_the_same_folder_leaves_the_jobs_of_the_first_alone(
+    data: Path, index: Index
 ) -> None:
-    with header_portal(data) as first:
-        second = subprocess.run(
-            [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(free_port())],
-            cwd=ROOT, env={**os.environ, **portal_variables(data)}, capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
-        assert second.returncode == 2
-        assert "which another server is using" in second.stderr
-        with first.client("ada@example.org") as ada:
-            assert ada.get("overview").status_code == 200
-    with header_portal(data) as third, third.client("ada@example.org") as ada:
-        assert ada.get("overview").status_code == 200, "it ends with its process"
+    def told() -> int:
+        return len(index.stopped_jobs(ADA))
+
+    log = data.parent / "second.log"
+    with header_portal(data):
+        index.begin_job("1" * 32, ADA, "Comparing")
+        with header_portal(data, log=log):
+            assert told() == 0
+        assert "another server is using" in log.read_text()
+    with header_portal(data):
+        assert told() == 1, "the first has ended, and its job with it"
 
 
 @pytest.mark.slow

@@ -66,11 +66,6 @@ def _open_books(found: Settings) -> None:
     assert found.data is not None
     try:
         housekeeping.make_private(found.data)
-        if not housekeeping.hold(found.data):
-            raise SettingError(
-                f"QUANT_INSPECTOR_DATA is {found.data}, which another server is using",
-                hint="Stop that one, or set QUANT_INSPECTOR_DATA to a folder of its own.",
-            )
         audit.keep_in(found.data)
         Index(found.data).close()
     except OSError as error:
@@ -105,14 +100,18 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
 
 def _begin_records() -> None:
     """Tells of jobs that the last end of the server has stopped, unless it has not ended: of two
-    local servers on one folder the second knows nothing of the jobs of the first."""
-    if not identity.settings().is_portal:
-        try:
-            if not housekeeping.hold(session.own_root()):
-                return
-        except OSError as error:  # whatever needs the folder says so
-            _log.warning("the folder of the workspace cannot be held: %s", error)
-    session.begin_records()
+    servers on one folder the second knows nothing of the jobs of the first."""
+    found = identity.settings()
+    folder = found.data or session.own_root()
+    try:
+        alone = housekeeping.hold(folder)
+    except OSError as error:  # whatever needs the folder says so
+        _log.warning("%s cannot be held: %s", folder, error)
+        alone = True
+    if alone:
+        session.begin_records()
+    else:
+        _log.warning("another server is using %s: its jobs are left alone", folder)
 
 
 def _workspaces() -> list[Path]:
