@@ -181,7 +181,9 @@ def test_other_real_models_are_drawn_without_complaint(
         card = seen.page.locator(".st-key-node-card")
         expect(card.get_by_role("button", name="Leave in float")).to_be_enabled(timeout=PATIENCE)
         seen.page.wait_for_url(re.compile(r"[?&]node="), timeout=PATIENCE)
-        expect(seen.pane("float").locator(".graph-node.select").first).to_be_visible()
+        expect(seen.pane("float").locator(".graph-node.select").first).to_be_visible(
+            timeout=PATIENCE
+        )
         # The card is whole: a key pressed while it is made anew is lost, as a click would be.
         expect(card.locator(".js-plotly-plot")).to_be_visible(timeout=PATIENCE)
         end = time.monotonic() + PATIENCE / 1000
