@@ -232,10 +232,7 @@ class Index:
     def begin_anew(self) -> None:
         """Has everybody's time until they expire begin now, as after a backup was restored."""
         with self._writing() as writer:
-            writer.execute(
-                "UPDATE users SET last_seen = ?",
-                (datetime.now(UTC).isoformat(timespec="microseconds"),),
-            )
+            writer.execute("UPDATE users SET last_seen = ?", (utc_now(),))
 
     def since(self) -> str:
         """When this index was made: what happened before is unknown to it. ISO 8601, UTC."""

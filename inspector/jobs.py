@@ -275,7 +275,13 @@ class Worker:
             RunError: there is no such job, or it ended long ago.
         """
         with self._changed:
-            return self._status(self._find(job_id))
+            return self._status(self._existing(job_id))
+
+    def find(self, job_id: str) -> JobStatus | None:
+        """As `status`; None where there is no such job, or it ended long ago."""
+        with self._changed:
+            job = self._jobs.get(job_id)
+            return None if job is None else self._status(job)
 
     def take(self, job_id: str, timeout: float = 0.0) -> JobStatus:
         """As `wait`; what the function returned is the caller's from then on, and not kept here.
@@ -285,7 +291,7 @@ class Worker:
         with self._changed:
             status = self.wait(job_id, timeout)
             if status.state in _FINISHED:
-                self._find(job_id).result = None
+                self._existing(job_id).result = None
             return status
 
     def jobs(self) -> tuple[JobStatus, ...]:
@@ -299,7 +305,7 @@ class Worker:
         A job that has ended meanwhile stays as it is.
         """
         with self._changed:
-            job = self._find(job_id)
+            job = self._existing(job_id)
             if job.state == "queued":
                 self._queue.remove(job)
                 self._finish(job, "cancelled")
@@ -309,7 +315,7 @@ class Worker:
     def wait(self, job_id: str, timeout: float | None = None) -> JobStatus:
         """How the job stands when it has ended or the time is over, whichever is first."""
         with self._changed:
-            job = self._find(job_id)
+            job = self._existing(job_id)
             self._changed.wait_for(lambda: job.state in _FINISHED, timeout)
             return self._status(job)
 
@@ -356,7 +362,7 @@ class Worker:
         job.kill_at = time.monotonic() + CANCEL_SECONDS
         self._changed.notify_all()
 
-    def _find(self, job_id: str) -> _Job:
+    def _existing(self, job_id: str) -> _Job:
         try:
             return self._jobs[job_id]
         except KeyError:

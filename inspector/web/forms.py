@@ -179,7 +179,7 @@ def lacking(chosen: Chosen | None, fits: bool) -> str:
     failed = upload_field.failed()
     if failed:
         names = ", ".join(md_code(shorten_name(name, 40)) for name in failed[:3])
-        return f"Not uploaded: {names}. Remove it in its field, or choose the right file."
+        return f"Not uploaded: {names}. Remove it in its field, or try again there."
     if chosen is None or not fits:
         return "Put right what is said above first."
     missing = [] if chosen.float_path else ["a float model"]

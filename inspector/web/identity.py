@@ -219,11 +219,17 @@ def _is_believed(found: Settings, connection: HTTPConnection) -> bool:
             given[0].encode("latin-1"), found.proxy_secret.encode("latin-1")
         )
         if not fits:
-            _say_wrong_secret(found.header, len(given))
+            other = "with another value than QUANT_INSPECTOR_PROXY_SECRET"
+            how = other if len(given) == 1 else f"{len(given)} times"
+            _say_unbelieved(found.header, f"{SECRET_HEADER} came {how}")
         return fits
     if "x-forwarded-for" in connection.headers:
         # The server may have put what stands there in the place of the peer.
-        _say_unbelieved(found.header)
+        _say_unbelieved(
+            found.header,
+            f"a proxy that sends X-Forwarded-For has to send {SECRET_HEADER} as well; set "
+            "QUANT_INSPECTOR_PROXY_SECRET",
+        )
         return False
     if connection.client is not None:
         return hosting.is_near(connection.client.host)
@@ -233,23 +239,8 @@ def _is_believed(found: Settings, connection: HTTPConnection) -> bool:
 
 
 @functools.cache
-def _say_wrong_secret(header: str, given: int) -> None:
-    _log.warning(
-        "%s was not believed: %s came %s",
-        header,
-        SECRET_HEADER,
-        "with another value than QUANT_INSPECTOR_PROXY_SECRET" if given == 1 else f"{given} times",
-    )
-
-
-@functools.cache
-def _say_unbelieved(header: str) -> None:
-    _log.warning(
-        "%s was not believed: a proxy that sends X-Forwarded-For has to send %s as well; set "
-        "QUANT_INSPECTOR_PROXY_SECRET",
-        header,
-        SECRET_HEADER,
-    )
+def _say_unbelieved(header: str, why: str) -> None:
+    _log.warning("%s was not believed: %s", header, why)
 
 
 def _in_cookies(cookies: Mapping[str, str]) -> User | None:

@@ -17,6 +17,7 @@ from typing import Any
 import streamlit as st
 import streamlit.logger
 from starlette.concurrency import run_in_threadpool
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from inspector import audit, confinement, housekeeping, logs
 from inspector.errors import InspectorError, SettingError
@@ -86,8 +87,9 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
     confinement.give_memory_back()
     await run_in_threadpool(uploads.remove_leftovers, _workspaces())
     found = identity.settings()
-    metrics.watch(found.data or session.own_root(), session.workers)
-    await run_in_threadpool(_begin_records)
+    folder = found.data or session.own_root()
+    metrics.watch(folder, session.workers)
+    await run_in_threadpool(_begin_records, folder)
     if not found.is_portal:
         session.start()
     elif found.data is not None:
@@ -98,11 +100,9 @@ async def lifespan(_app: Any) -> AsyncIterator[None]:
     session.close_workers()
 
 
-def _begin_records() -> None:
+def _begin_records(folder: Path) -> None:
     """Tells of jobs that the last end of the server has stopped, unless it has not ended: of two
     servers on one folder the second knows nothing of the jobs of the first."""
-    found = identity.settings()
-    folder = found.data or session.own_root()
     try:
         alone = housekeeping.hold(folder)
     except OSError as error:  # whatever needs the folder says so
@@ -212,6 +212,23 @@ def _sidebar(pages: dict[str, Any], current: Any) -> None:
         widgets.keys_dialog()
 
 
+def _drop_stale_widgets() -> None:
+    """Lets go of the callbacks of widgets that the last page did not show.
+
+    Streamlit forgets what such a widget was set to, but keeps its callback with all arguments, a
+    whole view among them, for as long as the tab is open. Where its insides are others than those
+    of 1.67, nothing is dropped.
+    """
+    state = getattr(getattr(get_script_run_ctx(), "session_state", None), "_state", None)
+    new, old = getattr(state, "_new_widget_state", None), getattr(state, "_old_state", None)
+    known = getattr(new, "widget_metadata", None)
+    shown = getattr(new, "states", None)
+    if known is None or shown is None or old is None:
+        return
+    for widget in [each for each in known if each not in shown and each not in old]:
+        del known[widget]
+
+
 def main() -> None:
     """Shows the page that the address asks for."""
     st.set_page_config(
@@ -226,7 +243,7 @@ def main() -> None:
     # Before the sign-in as well: a page that is not known yet would be sought beside the script.
     current = st.navigation(list(pages.values()), position="hidden")
     identity.require()
-    session.drop_stale_widgets()
+    _drop_stale_widgets()
     widgets.register_pages(pages)
     session.start()
     loaded = session.settle()

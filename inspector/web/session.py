@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import streamlit as st
-from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from inspector import hosting, store
 from inspector.comparison import ActivationError, Comparison, WeightError, judged_db
@@ -748,23 +747,6 @@ def dismiss_stopped() -> None:
     _records().dismiss_stopped(identity.require().key)
 
 
-def drop_stale_widgets() -> None:
-    """Lets go of the callbacks of widgets that the last page did not show.
-
-    Streamlit forgets what such a widget was set to, but keeps its callback with all arguments, a
-    whole view among them, for as long as the tab is open. Where its insides are others than those
-    of 1.67, nothing is dropped.
-    """
-    state = getattr(getattr(get_script_run_ctx(), "session_state", None), "_state", None)
-    new, old = getattr(state, "_new_widget_state", None), getattr(state, "_old_state", None)
-    known = getattr(new, "widget_metadata", None)
-    shown = getattr(new, "states", None)
-    if known is None or shown is None or old is None:
-        return
-    for widget in [each for each in known if each not in shown and each not in old]:
-        del known[widget]
-
-
 # ── jobs this tab waits for ──────────────────────────────────────────────────────────────────
 
 
@@ -825,8 +807,7 @@ def running_title(title: str) -> JobStatus | None:
 
 def _job(job_id: str) -> JobStatus | None:
     """The job's state; None where it ended so long ago that it is forgotten."""
-    found = next((job for job in worker().jobs() if job.id == job_id), None)
-    return found or _workers.ended(job_id)
+    return worker().find(job_id) or _workers.ended(job_id)
 
 
 def settle() -> str | None:
@@ -1128,7 +1109,8 @@ def _drop(key: tuple[Hashable, ...]) -> None:
     entry = _answers().get(key)
     if isinstance(entry, str):
         role, job_id = entry.split(":", 1)
-        if any(job.id == job_id and job.state == "queued" for job in _worker(role).jobs()):
+        job = _worker(role).find(job_id)
+        if job is not None and job.state == "queued":
             _worker(role).cancel(job_id)
             _answers().pop(key, None)
 
@@ -1161,9 +1143,7 @@ def overrides(view: View) -> list[dict[str, Any]]:
 
     Each as `TensorOverride.to_json` writes it.
     """
-    kept: Mapping[str, Any] = workspace().draft(view.pair.id).get("overrides", {})
-    if not may_edit():
-        kept = {}
+    kept: Mapping[str, Any] = _tried(view.pair.id).get("overrides", {})
     own = kept.get(view.run.id, view.run.recipe.get("overrides", ()))
     return [dict(each) for each in own]
 
@@ -1197,13 +1177,16 @@ class Draft:
     redo: tuple[tuple[str, ...], ...] = ()
 
 
-def draft(pair_id: str, applied: tuple[str, ...] = ()) -> Draft:
-    """The ticked nodes of a pair; those of the shown run where none were ticked yet.
+def _tried(pair_id: str) -> Mapping[str, Any]:
+    """What is ticked and set by hand for a pair and not applied yet; nothing for who may only look:
+    they see the run as it is, and not what somebody else is trying at the moment."""
+    return workspace().draft(pair_id) if may_edit() else {}
 
-    Who may only look sees the run as it is, and not what somebody else is trying at the moment.
-    """
-    kept: Mapping[str, Any] = workspace().draft(pair_id)
-    if "nodes" not in kept or not may_edit():
+
+def draft(pair_id: str, applied: tuple[str, ...] = ()) -> Draft:
+    """The ticked nodes of a pair; those of the shown run where none were ticked yet."""
+    kept = _tried(pair_id)
+    if "nodes" not in kept:
         return Draft(nodes=tuple(applied))
     return Draft(
         nodes=tuple(kept["nodes"]),

@@ -115,7 +115,7 @@ class Workers:
         """The counted jobs of a workspace that have not ended, in order of submission."""
         found = []
         for job_id, (whose, worker) in list(self._counted.items()):
-            job = next((job for job in worker.jobs() if job.id == job_id), None)
+            job = worker.find(job_id)
             if job is None or job.state not in ACTIVE:
                 self._counted.pop(job_id, None)
             elif whose == root:
@@ -138,7 +138,7 @@ class Workers:
         """The worker of a workspace that has a job; None where it was forgotten."""
         with self._lock:
             for (whose, _), entry in self._entries.items():
-                if whose == root and any(job.id == job_id for job in entry.worker.jobs()):
+                if whose == root and entry.worker.find(job_id) is not None:
                     entry.used = self._clock()
                     return entry.worker
         return None
