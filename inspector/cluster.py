@@ -566,6 +566,27 @@ def _untold(told: Sequence[str]) -> InspectorError | UnplannableError:
 # -- the caller's side -------------------------------------------------------------------------
 
 
+def _connect(address: str) -> Any:
+    """A client of Dask, or what went wrong after that client is closed.
+
+    Left to the garbage collector, a client that could not connect waits for a lock as it closes,
+    and where it is collected while another one starts, that one holds the lock: neither goes on
+    (Dask 2026.8).
+    """
+    import distributed
+
+    class Client(distributed.Client):  # type: ignore[misc]
+        def __init__(self) -> None:
+            try:
+                super().__init__(address, timeout=CONNECT_SECONDS, set_as_default=False)
+            except BaseException:
+                with suppress(OSError, TimeoutError, AttributeError):
+                    self.close()
+                raise
+
+    return Client()
+
+
 class Cluster:
     """A connection to a Dask scheduler.
 
@@ -588,7 +609,7 @@ class Cluster:
                 hint="Give the address that `dask scheduler` prints, e.g. tcp://127.0.0.1:8786.",
             )
         try:
-            import distributed
+            import distributed  # noqa: F401
         except ImportError as error:
             raise RunError(
                 f"work cannot be sent to {address}: Dask is not installed ({error})",
@@ -601,9 +622,7 @@ class Cluster:
         self.address = address
         self.sent: Counter[tuple[str, str]] = Counter()
         try:
-            self._client = distributed.Client(
-                address, timeout=CONNECT_SECONDS, set_as_default=False
-            )
+            self._client = _connect(address)
         except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise RunError(

@@ -42,6 +42,10 @@ def touch_and_sleep(file: Path, seconds: float, *, progress: Progress) -> int:
     return os.getpid()
 
 
+def sleep(seconds: float, *, progress: Progress) -> None:
+    time.sleep(seconds)
+
+
 def step_until_cancelled(file: Path, *, progress: Progress) -> NoReturn:
     file.touch()
     while True:

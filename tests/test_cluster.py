@@ -6,6 +6,7 @@ The oracle is the same trials in this process, to the last bit.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -696,6 +697,21 @@ def test_a_wrong_address_is_told_with_a_hint(
     with pytest.raises(RunError, match=message) as caught:
         Cluster(address)
     assert "dask scheduler" in caught.value.hint
+
+
+def test_a_client_that_cannot_connect_is_not_left_to_the_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import distributed
+
+    monkeypatch.setattr(cluster_module, "CONNECT_SECONDS", 1.0)
+    for address in ("tcp://127.0.0.1:1", "nonsense://x:1"):
+        with pytest.raises(RunError) as caught:
+            Cluster(address)
+        # The error's traceback still holds what it was raised in.
+        clients = [x for x in gc.get_objects() if isinstance(x, distributed.Client)]
+        assert clients, caught.value
+        assert {client.status for client in clients} == {"closed"}
 
 
 @pytest.mark.slow

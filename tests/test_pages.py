@@ -1255,7 +1255,7 @@ def _page_on_which_a_job_ends() -> None:
     from tests import job_samples
 
     if "job" not in st.session_state:
-        job_id = session.worker().submit(job_samples.report_then_sleep, 0.5, 0.3)
+        job_id = session.worker().submit(job_samples.sleep, 0.5)
         st.session_state["job"] = job_id
         session.follow(job_id, "requantize")
     session.settle()
