@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ from hypothesis import strategies as some
 from onnx import helper
 from streamlit.testing.v1 import AppTest
 
-from inspector import workbench
+from inspector import store, workbench
 from inspector.comparison import (
     BatchEffect,
     BatchError,
@@ -211,6 +212,26 @@ def test_a_tensor_page_says_how_integers_become_reals(loaded: Workspace) -> None
     assert re.fullmatch(
         r"real = 2\.518 \* \(q \+ 128\)    q = -128 … 127    real = 0 … 642\.1", formula
     )
+    wait(test, lambda page: len(page.get("plotly_chart")) >= 4)
+
+
+def test_a_tensors_values_stay_in_the_store_alone(loaded: Workspace) -> None:
+    run = last_run(loaded)
+    stored = store.detail_key("activation", "output0", "output0")
+
+    # A tab that does not come back for its answer, and one that does.
+    test = app("tensors", run=run, tensor="output0")
+    [job] = [j for j in session.worker().jobs() if j.title == "Reading the tensor's values"]
+    session.worker().wait(job.id, PATIENCE)
+    assert len(pickle.dumps(loaded.detail(run, stored))) > 20_000
+    assert max(len(pickle.dumps(job.result)) for job in session.worker().jobs()) < 5_000
+    wait(test, lambda page: len(page.get("plotly_chart")) >= 4)
+    kept = test.session_state["answers"]
+    assert not [key for key in kept if key[0] == "tensor"]
+    # What was kept is not there any more: it is read again.
+    for file in (loaded.run_folder(run) / "details").iterdir():
+        file.unlink()
+    test.run()
     wait(test, lambda page: len(page.get("plotly_chart")) >= 4)
 
 

@@ -1053,20 +1053,24 @@ def forget(key: tuple[Hashable, ...]) -> None:
 def tensor_detail(view: View) -> Answer:
     """The binned values of the selected tensor, from the store or from a worker."""
     kind = "activation" if view.kind == "activation" else "weight"
-    kept = workspace().detail(view.run.id, store.detail_key(kind, view.tensor, _partner(view)))
-    if kept is not None:
-        return Answer(value=kept)
-    answer = ask(
-        _tensor_key(view),
-        tasks.inspect_tensor,
-        root(),
-        run_id=view.run.id,
-        tensor=view.tensor,
-        kind=kind,
-        title="Reading the tensor's values",
-    )
-    if answer.value is not None:
-        forget_tensor(view)  # the store has it now, which costs no memory
+    stored = store.detail_key(kind, view.tensor, _partner(view))
+    for _ in range(2):
+        kept = workspace().detail(view.run.id, stored)
+        if kept is not None:
+            forget_tensor(view)
+            return Answer(value=kept)
+        answer = ask(
+            _tensor_key(view),
+            tasks.inspect_tensor,
+            root(),
+            run_id=view.run.id,
+            tensor=view.tensor,
+            kind=kind,
+            title="Reading the tensor's values",
+        )
+        if answer.waiting or answer.error is not None:
+            break
+        forget_tensor(view)  # it has just been stored, or was and is not any more
     return answer
 
 

@@ -159,11 +159,14 @@ def list_options(**arguments: Any) -> dict[str, Any]:
 
 
 @_of_a_run
-def inspect_tensor(root: Path, **arguments: Any) -> dict[str, Any]:
-    """Histograms and maps of one tensor. Arguments as `workbench.inspect_tensor`."""
+def inspect_tensor(root: Path, **arguments: Any) -> None:
+    """Has the store keep histograms and maps of one tensor. Arguments as for `workbench`'s.
+
+    Nothing is returned: not every tab comes back for its answer, and these are large.
+    """
     from inspector import workbench
 
-    return workbench.inspect_tensor(root, **arguments)
+    workbench.inspect_tensor(root, **arguments)
 
 
 def describe_model(path: Path, **arguments: Any) -> dict[str, Any]:
