@@ -25,6 +25,7 @@ import streamlit as st
 from starlette.requests import HTTPConnection
 from streamlit import auth_util, config
 from streamlit.errors import StreamlitAuthError
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 from streamlit.web.server.server_util import get_cookie_secret
 from streamlit.web.server.starlette.starlette_app_utils import decode_signed_value
 from streamlit.web.server.starlette.starlette_server_config import USER_COOKIE_NAME
@@ -291,11 +292,18 @@ def current_user() -> User | None:
     if not gate_stands.is_set():
         _log.error("there is no gate: start the server with `streamlit run app.py`")
         return None
-    claims = st.user.to_dict()
+    claims = _claims()
     if found.auth == "oidc":
         return _of_claims(claims)
     seen = claims.get(_SEEN_KEY)
     return user_of_address(unquote(seen)) if isinstance(seen, str) else None
+
+
+def _claims() -> Mapping[str, Any]:
+    """What the page's session knows of who opened it, as `st.user` has it: that looks for a file
+    with secrets each time, and a page asks a hundred times."""
+    context = get_script_run_ctx()
+    return {} if context is None else context.user_info
 
 
 def require() -> User:
@@ -312,7 +320,7 @@ def _sign_in() -> None:
         st.subheader("Sign in to continue", anchor=False)
         if settings().auth != "oidc":
             return
-        if st.user.to_dict().get("is_logged_in"):
+        if _claims().get("is_logged_in"):
             st.markdown("Your sign-in came without an e-mail address that the provider verified.")
             st.button("Sign out", key="sign-out", on_click=st.logout)
             return

@@ -173,11 +173,11 @@ def _open_overview(pages: dict[str, Any]) -> None:
     fires during a change of page asks for the old page again, which then comes out empty. Once the
     browser shows this run it has no such timers any more; so it says that, once and by no timer.
     """
-    opening = st.session_state["opening"]
+    opening = st.session_state["overview-to-open"]
     answer = st.session_state.get("open-overview") or {}
     if answer.get("now"):
         # Before the signal is put on the page again: the browser would give it once more.
-        del st.session_state["opening"]
+        del st.session_state["overview-to-open"]
         st.switch_page(pages["overview"], query_params={"run": opening["run"]})
     opening["asked"] += 1
     st.caption("Opening the overview…")
@@ -201,7 +201,7 @@ def _sidebar(pages: dict[str, Any], current: Any) -> None:
                 )
         with st.container(key="keys"):
             st.button("Keys", icon=":material/keyboard:", type="tertiary", key="keys-button")
-        if "opening" in st.session_state:
+        if "overview-to-open" in st.session_state:
             _open_overview(pages)
         jobs = session.active_jobs()
         with st.container(key="job", height=170, border=False):
@@ -248,7 +248,7 @@ def main() -> None:
     session.start()
     loaded = session.settle()
     if loaded is not None:
-        st.session_state["opening"] = {"run": loaded, "asked": 0}
+        st.session_state["overview-to-open"] = {"run": loaded, "asked": 0}
     sharing.on_page(current.url_path)
     _sidebar(pages, current)
     widgets.stopped_jobs()

@@ -588,7 +588,7 @@ def select_tensor(name: str) -> None:
 
 def select_run(run_id: str) -> None:
     """Puts a run into the address; on every page."""
-    st.session_state.pop("opening-run", None)
+    st.session_state.pop("run-until-in-address", None)
     if st.query_params.get("run") != run_id:
         st.query_params["run"] = run_id
 
@@ -597,9 +597,9 @@ def _open_run(run_id: str) -> None:
     """Selects a run until the browser has taken it in: a click that came before it did brings the
     address of then along, and the new run would not be shown."""
     if st.query_params.get("run") == run_id:
-        st.session_state.pop("opening-run", None)
+        st.session_state.pop("run-until-in-address", None)
     else:
-        st.session_state["opening-run"] = run_id
+        st.session_state["run-until-in-address"] = run_id
         st.query_params["run"] = run_id
 
 
@@ -816,8 +816,8 @@ def settle() -> str | None:
     Returns the run of a pair that was loaded just now: its overview is to be opened.
     """
     loaded = None
-    if "opening-run" in st.session_state:
-        _open_run(st.session_state["opening-run"])
+    if "run-until-in-address" in st.session_state:
+        _open_run(st.session_state["run-until-in-address"])
     followed = _followed()
     answering = {
         entry.removeprefix("main:") for entry in _answers().values() if isinstance(entry, str)
