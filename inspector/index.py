@@ -440,7 +440,11 @@ class Index:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Makes the tables of a new file; refuses what is not ours before anything is changed."""
-        if self._is_ours(connection):
+        # Read at one moment: another process may be about to make the file.
+        connection.execute("BEGIN")
+        known = self._is_ours(connection)
+        connection.execute("COMMIT")
+        if known:
             return
         end = time.monotonic() + _BUSY_SECONDS
         while True:

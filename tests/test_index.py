@@ -271,6 +271,33 @@ def test_two_processes_with_eight_threads_each_lose_nothing(tmp_path: Path) -> N
     index.close()
 
 
+def test_a_file_made_while_another_looks_at_it_is_not_taken_for_a_foreign_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Index] = []
+    other = threading.Thread(target=lambda: made.append(Index(tmp_path)))
+    first = Index._open
+
+    def meanwhile(statement: str) -> None:
+        if "sqlite_master" in statement and not other.ident:
+            other.start()
+            other.join(0.5)
+
+    def opened(index: Index) -> sqlite3.Connection:
+        connection = first(index)
+        if threading.current_thread() is not other:
+            connection.set_trace_callback(meanwhile)
+        return connection
+
+    monkeypatch.setattr(Index, "_open", opened)
+    made.append(Index(tmp_path))
+    other.join(30)
+    assert len(made) == 2
+    for index in made:
+        assert index.users() == ()
+        index.close()
+
+
 def _write_until_killed(data: Path, pipe: Connection) -> None:
     index = Index(data)
     at = 0
