@@ -566,25 +566,21 @@ def _untold(told: Sequence[str]) -> InspectorError | UnplannableError:
 # -- the caller's side -------------------------------------------------------------------------
 
 
-def _connect(address: str) -> Any:
-    """A client of Dask, or what went wrong after that client is closed.
+def _connect(kind: Any, address: str) -> Any:
+    """A client of Dask's own kind, or what went wrong after that client is closed.
 
     Left to the garbage collector, a client that could not connect waits for a lock as it closes,
     and where it is collected while another one starts, that one holds the lock: neither goes on
     (Dask 2026.8).
     """
-    import distributed
-
-    class Client(distributed.Client):  # type: ignore[misc]
-        def __init__(self) -> None:
-            try:
-                super().__init__(address, timeout=CONNECT_SECONDS, set_as_default=False)
-            except BaseException:
-                with suppress(OSError, TimeoutError, AttributeError):
-                    self.close()
-                raise
-
-    return Client()
+    client = kind.__new__(kind)
+    try:
+        client.__init__(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except BaseException:
+        with suppress(OSError, TimeoutError, AttributeError):
+            client.close()
+        raise
+    return client
 
 
 class Cluster:
@@ -609,7 +605,7 @@ class Cluster:
                 hint="Give the address that `dask scheduler` prints, e.g. tcp://127.0.0.1:8786.",
             )
         try:
-            import distributed  # noqa: F401
+            import distributed
         except ImportError as error:
             raise RunError(
                 f"work cannot be sent to {address}: Dask is not installed ({error})",
@@ -622,7 +618,7 @@ class Cluster:
         self.address = address
         self.sent: Counter[tuple[str, str]] = Counter()
         try:
-            self._client = _connect(address)
+            self._client = _connect(distributed.Client, address)
         except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise RunError(

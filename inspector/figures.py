@@ -1210,7 +1210,7 @@ def _count_axis(most: float, log: bool) -> tuple[dict[str, Any], float]:
     return axis | {"title": title, "tickvals": ticks, "ticktext": [*map(_count, ticks)]}, floor
 
 
-def _cells(values: Sequence[Any]) -> _Array:
+def _cells(values: Sequence[Any] | _Array) -> _Array:
     """Numbers and gaps (None) as Plotly takes them fastest; the figure's JSON is that of a list.
 
     Of a list Plotly looks at each element by itself, several times.
@@ -1228,8 +1228,8 @@ def _add_outline(
     hover = [f"{ends}: {int(n):,} {name}" for ends, n in zip(bins, counts, strict=True)]
     style["line"] = {"shape": "hv", **style["line"]}
     told = {"hovertext": _cells([*hover, hover[-1]]), "hovertemplate": _HOVER, "meta": true}
-    outline = {"x": _cells(x), "y": _cells([*y, y[-1]])}
-    figure.add_scatter(**outline, mode="lines", name=name, **told, **style)
+    place = {"x": _cells(x), "y": _cells([*y, y[-1]])}
+    figure.add_scatter(**place, mode="lines", name=name, **told, **style)
 
 
 def _outside(detail: Mapping[str, Any], kind: str) -> tuple[int, int]:
@@ -1471,8 +1471,8 @@ def value_map(
     small = {"size": _LABEL_SIZE, "color": colors.muted}
     faint, middle = _fade(colors.quantized, 0.18), _fade(colors.quantized, 0.75)
     figure.add_heatmap(
-        x=_cells(x.tolist()),
-        y=_cells(y.tolist()),
+        x=_cells(x),
+        y=_cells(y),
         z=_cells([[math.log10(n) if n else None for n in row] for row in density.tolist()]),
         zmin=-0.3,
         zmax=max(1, decades[-1]),
@@ -1482,11 +1482,11 @@ def value_map(
             "tickfont": small,
             "tickvals": decades,
         },
-        customdata=_cells(density.astype(int).tolist()),
+        customdata=_cells(density.astype(int)),
         hovertemplate="float %{x:.4g}<br>dequantized %{y:.4g}<br>%{customdata:,}<extra></extra>",
         hoverongaps=False,
         name="values",
-        meta={"x": middle_x.tolist(), "y": middle_y.tolist(), "z": _cells(density.tolist())},
+        meta={"x": middle_x.tolist(), "y": middle_y.tolist(), "z": _cells(density)},
     )
     bar = {"ticktext": [_count(10.0**d) for d in decades], "thickness": 10, "outlinewidth": 0}
     figure.update_traces(colorbar={**bar, "len": 0.9})

@@ -1054,24 +1054,23 @@ def tensor_detail(view: View) -> Answer:
     """The binned values of the selected tensor, from the store or from a worker."""
     kind = "activation" if view.kind == "activation" else "weight"
     stored = store.detail_key(kind, view.tensor, _partner(view))
-    for _ in range(2):
-        kept = workspace().detail(view.run.id, stored)
-        if kept is not None:
-            forget_tensor(view)
-            return Answer(value=kept)
-        answer = ask(
-            _tensor_key(view),
-            tasks.inspect_tensor,
-            root(),
-            run_id=view.run.id,
-            tensor=view.tensor,
-            kind=kind,
-            title="Reading the tensor's values",
-        )
-        if answer.waiting or answer.error is not None:
-            break
-        forget_tensor(view)  # it has just been stored, or was and is not any more
-    return answer
+    kept = workspace().detail(view.run.id, stored)
+    if kept is not None:
+        forget_tensor(view)
+        return Answer(value=kept)
+    answer = ask(
+        _tensor_key(view),
+        tasks.inspect_tensor,
+        root(),
+        run_id=view.run.id,
+        tensor=view.tensor,
+        kind=kind,
+        title="Reading the tensor's values",
+    )
+    if answer.waiting or answer.error is not None:
+        return answer
+    forget_tensor(view)  # it has just been stored, or was and is not any more
+    return tensor_detail(view)
 
 
 # A click is to be answered in the run of the script that it starts.
