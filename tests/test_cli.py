@@ -184,6 +184,8 @@ def test_interrupting_ends_with_130_and_no_traceback(pair: Path, tmp_path: Path)
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.02)
+    # Until it reads: a signal between the opening and the reading is seen only after the reading.
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     os.close(writer)
