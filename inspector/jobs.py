@@ -289,9 +289,10 @@ class Worker:
         Results are kept for many jobs, and may be large.
         """
         with self._changed:
-            status = self.wait(job_id, timeout)
+            job = self._existing(job_id)
+            status = self._wait(job, timeout)
             if status.state in _FINISHED:
-                self._existing(job_id).result = None
+                job.result = None
             return status
 
     def jobs(self) -> tuple[JobStatus, ...]:
@@ -315,9 +316,7 @@ class Worker:
     def wait(self, job_id: str, timeout: float | None = None) -> JobStatus:
         """How the job stands when it has ended or the time is over, whichever is first."""
         with self._changed:
-            job = self._existing(job_id)
-            self._changed.wait_for(lambda: job.state in _FINISHED, timeout)
-            return self._status(job)
+            return self._wait(self._existing(job_id), timeout)
 
     def result(self, job_id: str, timeout: float | None = None) -> Any:
         """What the function returned.
@@ -352,6 +351,10 @@ class Worker:
         if keeper is not None:
             keeper.join()
 
+    def _wait(self, job: _Job, timeout: float | None) -> JobStatus:
+        self._changed.wait_for(lambda: job.state in _FINISHED, timeout)
+        return self._status(job)
+
     def _status(self, job: _Job) -> JobStatus:
         if job.state != "queued":
             return job.status()
@@ -367,7 +370,7 @@ class Worker:
             return self._jobs[job_id]
         except KeyError:
             raise RunError(
-                f"there is no job {job_id!r}; jobs are forgotten when the program ends",
+                f"there is no job {job_id!r}; a program remembers the last ones while it runs",
                 hint="Start the job again.",
             ) from None
 

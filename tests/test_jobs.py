@@ -314,7 +314,7 @@ def test_several_threads_submit_wait_and_cancel_at_once(shared: Worker, tmp_path
     cancelled = []
 
     def use(thread: int) -> None:
-        for index in range(10):
+        for index in range(5):
             job = shared.submit(job_samples.add, thread * 100, index)
             dropped = shared.submit(job_samples.step_until_cancelled, tmp_path / "begun")
             shared.cancel(dropped)
@@ -322,13 +322,15 @@ def test_several_threads_submit_wait_and_cancel_at_once(shared: Worker, tmp_path
             cancelled.append(shared.wait(dropped, SECONDS).state)
             assert shared.jobs()
 
-    threads = [threading.Thread(target=use, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == {(t, i): t * 100 + i for t in range(8) for i in range(10)}
-    assert cancelled == ["cancelled"] * 80
+    # No more jobs than a worker remembers: a thread may be late in asking.
+    assert 2 * len(got) == KEPT_JOBS
+    assert got == {(t, i): t * 100 + i for t in range(4) for i in range(5)}
+    assert cancelled == ["cancelled"] * 20
 
 
 def test_a_job_goes_on_when_the_thread_that_submitted_it_ends(
