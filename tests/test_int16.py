@@ -661,6 +661,17 @@ def test_the_tensor_page_goes_to_sixteen_bits_to_float_and_back(shown: Workspace
 
 
 @pytest.mark.slow
+def test_a_choice_that_waits_for_its_preview_lets_other_runs_be_looked_at(
+    shown: Workspace,
+) -> None:
+    test = app("tensors", run=last_run(shown), tensor="r")
+    test.session_state["precision-wanted"] = ("another-run", ("r",), "int16")
+    test.run()
+    assert control(test, "tensors-precision").value == "int8"
+    assert kept(shown) == []
+
+
+@pytest.mark.slow
 def test_a_tensor_that_is_handed_on_is_set_where_its_range_is_decided(shown: Workspace) -> None:
     test = app("tensors", run=last_run(shown), tensor="t")
     control(test, "tensors-precision").set_value("int16").run()

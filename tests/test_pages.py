@@ -1293,3 +1293,30 @@ def test_a_job_that_ends_while_its_page_runs_is_news_until_it_is_settled(
     test.session_state["followed"] = {}
     test.run()
     assert [each.value for each in test.text] == ["news before: False", "news after: False"]
+
+
+def _page_with_a_button_below_a_job() -> None:
+    """A page's script: in its second run a job is over that was under way when it was asked for."""
+    import streamlit as st
+
+    from inspector.web import session, widgets
+    from tests import job_samples
+
+    runs = st.session_state["runs"] = st.session_state.get("runs", 0) + 1
+    with session.whole_run():
+        if runs == 2:
+            worker = session.worker()
+            asked = worker.status(worker.submit(job_samples.sleep, 0.1))
+            worker.wait(asked.id)
+            widgets.waiting(asked, height=58, key="job")
+        if st.button("Below", key="below"):
+            st.text(f"pressed in run {runs}")
+            st.session_state["pressed"] = runs
+
+
+def test_a_job_that_ends_above_a_button_does_not_swallow_its_press(loaded: Workspace) -> None:
+    test = AppTest.from_function(_page_with_a_button_below_a_job, default_timeout=PATIENCE).run()
+    test.button(key="below").click().run()
+    assert test.session_state["pressed"] == 2
+    assert test.session_state["runs"] == 3, "the page shows that the job is over"
+    assert not test.exception

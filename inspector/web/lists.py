@@ -155,7 +155,7 @@ def _chart(view: View, draft: Draft, price: str, height: int) -> None:
         job = session.running_title(SEARCHING)
         ticked = session.draft(view.pair.id, view.run.exclusions).nodes
         if (running and job is None) or set(ticked) != set(draft.nodes):
-            st.rerun()  # what stands around this changes as well
+            session.run_again()  # what stands around this changes as well
         trials = [t for t in found.get("trials", ()) if t["metric"] is not None]
         keys = {_key(t["nodes"]): t for t in trials}
         axes = _axes(found, price)

@@ -249,25 +249,24 @@ def main() -> None:
     loaded = session.settle()
     if loaded is not None:
         st.session_state["overview-to-open"] = {"run": loaded, "asked": 0}
-    sharing.on_page(current.url_path)
-    _sidebar(pages, current)
-    widgets.stopped_jobs()
-    if current != pages["models"]:  # there it stands beside the button that was pressed
-        widgets.problem()
-    try:
-        current.run()
-    except InspectorError as error:
-        widgets.error(error)
-        if session.address():
-            st.page_link(pages["home"], label="Open the latest run", icon=":material/home:")
-            if session.is_signed_in():
-                own = words.md_text(identity.require().address)
-                st.caption(
-                    f"You are signed in as {own}. Somebody else's run opens once it is shared with "
-                    "this address."
-                )
-    if session.has_news():
-        st.rerun()
+    with session.whole_run():
+        sharing.on_page(current.url_path)
+        _sidebar(pages, current)
+        widgets.stopped_jobs()
+        if current != pages["models"]:  # there it stands beside the button that was pressed
+            widgets.problem()
+        try:
+            current.run()
+        except InspectorError as error:
+            widgets.error(error)
+            if session.address():
+                st.page_link(pages["home"], label="Open the latest run", icon=":material/home:")
+                if session.is_signed_in():
+                    own = words.md_text(identity.require().address)
+                    st.caption(
+                        f"You are signed in as {own}. Somebody else's run opens once it is shared "
+                        "with this address."
+                    )
 
 
 if __name__ == "__main__":

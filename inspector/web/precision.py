@@ -103,11 +103,12 @@ def choice(view: View, draft: Draft, node: str, tensors: Sequence[str], *, key: 
     if types is None or not tensors or not (stored.intersection(tensors) or node in draft.nodes):
         return
     own, wider = types
-    if st.session_state.get(_WANTED) is not None:
+    wanted = st.session_state.get(_WANTED)
+    if wanted is not None and wanted[0] == view.run.id:
         waiting = _settle(view, draft)
         if waiting is None:
-            st.rerun()
-        if waiting.job is not None:
+            session.run_again()
+        elif waiting.job is not None:
             widgets.poll(waiting.job)
     now = _chosen(view, draft, node, tensors, wider) or own
     # Another key where the choice changes elsewhere: the control starts from what holds.

@@ -257,7 +257,7 @@ def chart_and_table(view: View) -> None:
     def block() -> None:
         rows = session.workspace().recipes(view.pair.id).get("rows", [])
         if _state(rows) != before:
-            st.rerun()  # a new row or another selection: the figures above change as well
+            session.run_again()  # a new row or another selection: the figures above change as well
         row = _chosen(rows)
         label = str(row["label"]) if row is not None else ""
         current = _current(view, rows)

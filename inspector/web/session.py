@@ -17,8 +17,8 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -854,6 +854,35 @@ def has_news() -> bool:
     and nothing else would run the page again."""
     jobs = [_job(job_id) for job_id in _followed()]
     return any(job is None or job.state not in ACTIVE for job in jobs)
+
+
+# In a thread that runs a whole page: whether to run it again at its end.
+_whole_run = threading.local()
+
+
+@contextmanager
+def whole_run() -> Iterator[None]:
+    """Around what a whole page shows. At its end the page runs again where there is news, or where
+    `run_again` was called."""
+    _whole_run.again = False
+    try:
+        yield
+        again = _whole_run.again or has_news()
+    finally:
+        del _whole_run.again
+    if again:
+        st.rerun()
+
+
+def run_again() -> None:
+    """Runs the whole page again: from a part of it that runs by itself at once, else at its end.
+
+    A run that is broken off passes over a button that was pressed and stands further down.
+    """
+    if hasattr(_whole_run, "again"):
+        _whole_run.again = True
+    else:
+        st.rerun()
 
 
 def report(problem: InspectorError) -> None:

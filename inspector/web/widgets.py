@@ -82,15 +82,16 @@ def remaining(job: JobStatus) -> str:
     return f"{text} · {max(1, round(job.remaining_seconds))} s left"
 
 
-def _unfinished(job_id: str) -> JobStatus:
+def _unfinished(job_id: str) -> JobStatus | None:
     """The job as it stands. Runs the page again where it has ended, or is gone with its worker."""
     try:
         job = session.status(job_id)
     except RunError:
-        st.rerun()
-    if job.state not in ACTIVE:
-        st.rerun()
-    return job
+        job = None
+    if job is not None and job.state in ACTIVE:
+        return job
+    session.run_again()
+    return None
 
 
 def job_card(job_id: str, *, place: str) -> None:
@@ -99,6 +100,8 @@ def job_card(job_id: str, *, place: str) -> None:
     @st.fragment(run_every=session.look_seconds())
     def card() -> None:
         job = _unfinished(job_id)
+        if job is None:
+            return
         st.progress(
             min(1.0, max(0.0, job.fraction)), text=md_text(f"{job.title}: {remaining(job)}")
         )
@@ -161,7 +164,8 @@ def waiting(job: JobStatus, *, height: int, key: str) -> None:
     @st.fragment(run_every=session.look_seconds())
     def poll() -> None:
         now = _unfinished(job.id)
-        st.caption(f"{md_text(now.title)}: {md_text(remaining(now))}")
+        if now is not None:
+            st.caption(f"{md_text(now.title)}: {md_text(remaining(now))}")
 
     with st.container(key=f"wait-{key}", height=height, border=True):
         poll()
@@ -197,7 +201,7 @@ def answer_to(purpose: str, run_id: str, function: Callable[..., Any], *, title:
     if told.error is not None:
         error(told.error)
     else:
-        st.rerun()
+        session.run_again()
 
 
 def poll(job: JobStatus) -> None:
