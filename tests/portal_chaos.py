@@ -370,21 +370,15 @@ class Struck:
             self.start()
         faults += self.faults(restarted=victim == "web process")
         took = time.monotonic() - begin
-        # Whatever it was, it can be done again; where a first press gives nothing, by a second one,
-        # and the table says so.
-        for attempt in (1, 2):
-            try:
-                with self._tab() as tab:
-                    act(tab)
-                break
-            except Refused as refused:
-                words = re.findall(rb"[ -~]{12,200}", refused.shown)
-                if attempt == 2:
-                    faults.append(f"cannot be done afterwards: {tab.errors} {words[-60:]}")
-                outcome += ", then pressed twice"
-            except _LOST as error:
-                faults.append(f"cannot be done afterwards: {type(error).__name__} {error}")
-                break
+        # Whatever it was, it can be done again.
+        try:
+            with self._tab() as tab:
+                act(tab)
+        except Refused as refused:
+            words = re.findall(rb"[ -~]{12,200}", refused.shown)
+            faults.append(f"cannot be done afterwards: {tab.errors} {words[-60:]}")
+        except _LOST as error:
+            faults.append(f"cannot be done afterwards: {type(error).__name__} {error}")
         return Round(
             victim=victim, moment=moment, delay=delay, outcome=outcome, back_seconds=took,
             faults=faults,
