@@ -630,6 +630,9 @@ class Cluster:
         except TimeoutError as error:
             self.close()
             raise self._no_worker() from error
+        except BaseException:  # Ctrl-C above all
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

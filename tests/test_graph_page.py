@@ -11,9 +11,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, FrameLocator, Page, expect
+from playwright.sync_api import Browser, FrameLocator, Locator, Page, expect
 
 from inspector import workbench
 from inspector.cli import main as cli_main
@@ -112,6 +113,16 @@ def ticked(root: Path) -> tuple[str, ...]:
     return tuple(workspace.draft(pair.id).get("nodes", ()))
 
 
+def click(label: Locator, button: Literal["left", "right"] = "left") -> None:
+    """Clicks a node once it stands still: a graph glides to what is selected."""
+    label.scroll_into_view_if_needed()
+    places = [label.bounding_box()]
+    while len(places) < 3 or places[-3:] != 3 * places[-1:]:
+        time.sleep(0.2)
+        places.append(label.bounding_box())
+    label.click(button=button, force=True)
+
+
 @pytest.mark.slow
 @needs_models
 def test_the_graph_of_a_real_detector_is_coloured_linked_and_toggled(
@@ -144,7 +155,7 @@ def test_the_graph_of_a_real_detector_is_coloured_linked_and_toggled(
         # A click in either graph selects in the other and fills the card.
         for side, other in (SIDES, SIDES[::-1]):
             node = "Concat_264" if side == "float" else "Conv_257"
-            seen.pane(side).locator(f'[id="node-name-{node}"] text').first.click(force=True)
+            click(seen.pane(side).locator(f'[id="node-name-{node}"] text').first)
             twin = seen.pane(other).locator(f'[id="node-name-{node}"]')
             expect(twin).to_have_class(re.compile(r"\bselect\b"), timeout=PATIENCE)
             expect(card).to_contain_text(node, timeout=PATIENCE)
@@ -152,14 +163,14 @@ def test_the_graph_of_a_real_detector_is_coloured_linked_and_toggled(
 
         # A right-click puts the node on the list, and the preview answers.
         head = seen.pane("float").locator('[id="node-name-Concat_264"] text').first
-        head.click(button="right", force=True)
+        click(head, button="right")
         expect(seen.page.get_by_text("Preview: 1 node in float")).to_be_visible(timeout=PATIENCE)
         assert ticked(tmp_path / "data") == ("Concat_264",)
         seen.page.get_by_role("link", name="Exclusions").click()
         expect(seen.page.get_by_text("1 node to leave in float")).to_be_visible(timeout=PATIENCE)
         seen.page.go_back()
         check_fill(seen, "float", "Concat_264", error_color(figures["Concat_264"]))
-        head.click(button="right", force=True)
+        click(head, button="right")
         expect(seen.page.get_by_text("Preview: 1 node in float")).to_have_count(0)
         assert ticked(tmp_path / "data") == ()
         seen.check()
