@@ -44,10 +44,15 @@ def _deciding(answer: session.Answer, tensors: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(known.get(each, each) for each in tensors))
 
 
+def _is_wanted(view: View) -> bool:
+    """Whether something was chosen for this run that is not carried out yet."""
+    wanted = st.session_state.get(_WANTED)
+    return wanted is not None and bool(wanted[0] == view.run.id)
+
+
 def _settle(view: View, draft: Draft) -> session.Answer | None:
     """Carries out what was chosen; while the preview is not there yet, its answer."""
-    wanted = st.session_state.get(_WANTED)
-    if wanted is None or wanted[0] != view.run.id:
+    if not _is_wanted(view):
         return None
     answer = _carriers(view, draft)
     if answer.waiting:
@@ -103,8 +108,7 @@ def choice(view: View, draft: Draft, node: str, tensors: Sequence[str], *, key: 
     if types is None or not tensors or not (stored.intersection(tensors) or node in draft.nodes):
         return
     own, wider = types
-    wanted = st.session_state.get(_WANTED)
-    if wanted is not None and wanted[0] == view.run.id:
+    if _is_wanted(view):
         waiting = _settle(view, draft)
         if waiting is None:
             session.run_again()
