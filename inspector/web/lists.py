@@ -107,7 +107,7 @@ def _goal_field(view: View, found: Search) -> dict[str, Any]:
     told = _goal_text(str(metric), float(value), int(budget))
     if told != stored.get("text"):
         stored["text"] = told
-        st.rerun()
+        session.run_again()
     return {
         "metric": str(metric),
         "value": float(value),
